@@ -1,0 +1,52 @@
+"""coppice: prune a trained network to a target, and prove that the smaller one is right.
+
+The stages, each a function: `capture` (model → graph), `couple` (graph → axes and pins), `score`, `plan`, `apply`, `verify`;
+`prune` is the whole loop around them and `load` rebuilds what it wrote. Nothing is imported until it is used: the core needs
+NumPy only, PyTorch comes in with the first function that touches a model.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coppice.allocate import plan
+    from coppice.coupling import couple
+    from coppice.errors import CoppiceError, VerificationError
+    from coppice.loop import Result, prune
+    from coppice.planning import Plan
+    from coppice.run import load
+    from coppice.saliency import score
+    from coppice.torch.apply import apply
+    from coppice.torch.capture import capture
+    from coppice.torch.verify import verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CoppiceError": "coppice.errors",
+    "Plan": "coppice.planning",
+    "Result": "coppice.loop",
+    "VerificationError": "coppice.errors",
+    "apply": "coppice.torch.apply",
+    "capture": "coppice.torch.capture",
+    "couple": "coppice.coupling",
+    "load": "coppice.run",
+    "plan": "coppice.allocate",
+    "prune": "coppice.loop",
+    "score": "coppice.saliency",
+    "verify": "coppice.torch.verify",
+}
+
+__all__ = [
+    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "plan", "prune", "score", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

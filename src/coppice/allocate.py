@@ -1,0 +1,201 @@
+"""Allocation: from scores, costs and a target to a plan: how many indices every axis keeps, and which.
+
+Widths move on a grid: the channel count of every dim that an axis lies on stays a multiple of ``round_to``, or keeps its full width. Axes
+that the user's code ties together move as one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from coppice.axes import Axis, atoms
+from coppice.cost import Cost, Term
+from coppice.coupling import Coupling, Mask, PrunableAxis
+from coppice.errors import CoppiceError
+from coppice.planning import Plan, make_plan
+from coppice.saliency import Scores
+
+ALLOCATIONS = ("global", "uniform")
+FINEST = 32  # steps an axis is cut in at most: finer steps cost time and change nothing that a grid of 8 lets through
+
+
+@dataclass(slots=True, eq=False)
+class Bundle:
+    """Axes whose widths move in proportion, mostly one. ``levels``: the shares of ``whole`` it may keep, rising; ``at``: the present one."""
+
+    axes: list[PrunableAxis]
+    whole: int
+    levels: list[int]
+    at: int
+    order: list[np.ndarray] = field(default_factory=list)
+
+    def kept(self, axis: PrunableAxis, level: int) -> int:
+        return axis.width // self.whole * self.levels[level]
+
+
+def plan(
+    coupling: Coupling, scores: Scores, target: Mapping[str, float], allocation: str = "global", round_to: int = 8, min_width: int = 8
+) -> Plan:
+    """Choose what stays so that the cost meets ``target`` (absolute budgets: ``macs``, ``params``, ``bytes``).
+
+    ``global``: the steps with the least score for what they save go first, wherever they are. ``uniform``: every axis keeps the same
+    share. Within an axis the lowest scores go. No dim gets narrower than ``min_width`` (where it was wider).
+    CoppiceError where the target can't be reached, with the smallest cost that can.
+    """
+    if allocation not in ALLOCATIONS:
+        raise CoppiceError(f"unknown allocation {allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
+    work = _Allocation(coupling, scores, dict(target), round_to, min_width)
+    work.check_reachable()
+    work.cut_globally() if allocation == "global" else work.cut_uniformly()
+    return make_plan(coupling, work.masks())
+
+
+class _Allocation:
+    def __init__(self, coupling: Coupling, scores: Scores, target: dict[str, float], round_to: int, min_width: int) -> None:
+        self.coupling, self.scores, self.target = coupling, scores, target
+        self.bundles = [b for b in (_bundle(coupling, atoms_, round_to, min_width) for atoms_ in coupling.bundles()) if len(b.levels) > 1]
+        self.widths: dict[Axis, int] = {}
+        self.terms = [t for t in coupling.cost_terms if t.kind in target]
+        self.touching: dict[Axis, list[Term]] = {}
+        for term in self.terms:
+            for atom in {a for axis in term.axes for a in atoms(axis)}:
+                self.touching.setdefault(atom, []).append(term)
+        for bundle in self.bundles:
+            bundle.order = [np.argsort(scores[a.id], kind="stable") for a in bundle.axes]
+
+    def total(self) -> dict[str, float]:
+        spent = dict.fromkeys(self.target, 0.0)
+        for term in self.terms:
+            spent[term.kind] += term.evaluate(self.widths)
+        return spent
+
+    def excess(self, spent: Mapping[str, float]) -> dict[str, float]:
+        return {k: spent[k] - budget for k, budget in self.target.items() if spent[k] > budget}
+
+    def set_level(self, bundle: Bundle, level: int) -> None:
+        bundle.at = level
+        self.widths.update({a.atom: bundle.kept(a, level) for a in bundle.axes})
+
+    def check_reachable(self) -> None:
+        for bundle in self.bundles:
+            self.set_level(bundle, 0)
+        spent = self.total()
+        over = self.excess(spent)
+        for bundle in self.bundles:
+            self.set_level(bundle, len(bundle.levels) - 1)
+        if over:
+            dense = self.total()
+            key = max(over, key=lambda k: spent[k] / self.target[k])
+            raise CoppiceError(
+                f"the target {key}={self.target[key]:,.0f} can't be reached: the smallest this model gets is {spent[key]:,.0f} "
+                f"({spent[key] / dense[key]:.3f} of dense); raise the target, or lower --round-to or --min-width"
+            )
+
+    def _saving(self, bundle: Bundle, level: int) -> dict[str, float]:
+        """What going from the present level to ``level`` saves of every budget."""
+        terms = {id(t): t for a in bundle.axes for t in self.touching.get(a.atom, ())}
+        after = {**self.widths, **{a.atom: bundle.kept(a, level) for a in bundle.axes}}
+        saved = dict.fromkeys(self.target, 0.0)
+        for term in terms.values():
+            saved[term.kind] += term.evaluate(self.widths) - term.evaluate(after)
+        return saved
+
+    def _loss(self, bundle: Bundle, level: int) -> float:
+        """The score of the indices that go between the present level and ``level``."""
+        loss = 0.0
+        for axis, order in zip(bundle.axes, bundle.order, strict=True):
+            gone = order[axis.width - bundle.kept(axis, bundle.at) : axis.width - bundle.kept(axis, level)]
+            loss += float(self.scores[axis.id][gone].sum())
+        return loss
+
+    def _price(self, bundle: Bundle, over: Mapping[str, float]) -> float:
+        """Score lost for each unit of excess saved, at this bundle's next step down."""
+        saved = self._saving(bundle, bundle.at - 1)
+        gain = sum(saved[k] / amount for k, amount in over.items())
+        return self._loss(bundle, bundle.at - 1) / gain if gain > 0 else math.inf
+
+    def cut_globally(self) -> None:
+        spent = self.total()
+        history: list[Bundle] = []
+        while over := self.excess(spent):
+            keys = set(over)
+            heap = [(self._price(b, over), k) for k, b in enumerate(self.bundles) if b.at > 0]
+            heapq.heapify(heap)
+            while heap and set(self.excess(spent)) == keys:  # prices hold while the same budgets are exceeded
+                _, k = heapq.heappop(heap)
+                bundle = self.bundles[k]
+                price = self._price(bundle, over)
+                if heap and price > heap[0][0]:
+                    heapq.heappush(heap, (price, k))  # it got dearer since it was priced
+                    continue
+                for kind, saved in self._saving(bundle, bundle.at - 1).items():
+                    spent[kind] -= saved
+                self.set_level(bundle, bundle.at - 1)
+                history.append(bundle)
+                if bundle.at > 0:
+                    heapq.heappush(heap, (self._price(bundle, over), k))
+        self._give_back(history, spent)
+
+    def _give_back(self, history: list[Bundle], spent: dict[str, float]) -> None:
+        """The last step overshoots: take back whatever still fits, the dearest first."""
+        for bundle in reversed(history):
+            back = self._saving(bundle, bundle.at + 1)  # negative: what it costs to grow again
+            if all(spent[k] - saved <= self.target[k] for k, saved in back.items()):
+                self.set_level(bundle, bundle.at + 1)
+                spent.update({k: spent[k] - saved for k, saved in back.items()})
+
+    def cut_uniformly(self) -> None:
+        """The largest common share that meets the target, by bisection; then what still fits, the widest axes first."""
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            share = (low + high) / 2
+            self._set_share(share)
+            low, high = (low, share) if self.excess(self.total()) else (share, high)
+        self._set_share(low)
+        order = sorted((b for b in self.bundles if b.at < len(b.levels) - 1), key=lambda b: b.levels[b.at] / b.whole, reverse=True)
+        self._give_back(order, self.total())
+
+    def _set_share(self, share: float) -> None:
+        for bundle in self.bundles:
+            level = min(range(len(bundle.levels)), key=lambda k: (abs(bundle.levels[k] / bundle.whole - share), -k))
+            self.set_level(bundle, level)
+
+    def masks(self) -> dict[int, Mask]:
+        found: dict[int, Mask] = {}
+        for bundle in self.bundles:
+            for axis, order in zip(bundle.axes, bundle.order, strict=True):
+                mask = np.ones(axis.width, bool)
+                mask[order[: axis.width - bundle.kept(axis, bundle.at)]] = False
+                found[axis.id] = mask
+        return found
+
+
+def _bundle(coupling: Coupling, together: tuple[Axis, ...], round_to: int, min_width: int) -> Bundle:
+    by_atom = {a.atom: a for a in coupling.prunable}
+    axes = [by_atom[a] for a in together]
+    whole = math.gcd(*(a.width for a in axes))
+    step = 1
+    for axis in axes:
+        grid = round_to // math.gcd(round_to, axis.multiple)
+        share = axis.width // whole
+        step = math.lcm(step, grid // math.gcd(grid, share))
+    least = max(math.ceil(min_width / (axis.multiple * (axis.width // whole))) for axis in axes)
+    levels = [t for t in range(step, whole, step) if t >= least]
+    coarse = max(1, math.ceil(len(levels) / FINEST))
+    levels = [*levels[::coarse], whole]
+    return Bundle(axes, whole, levels, len(levels) - 1)
+
+
+def smallest(coupling: Coupling, round_to: int = 8, min_width: int = 8) -> Cost:
+    """The cost of the smallest plan on the grid."""
+    kept: dict[int, int] = {}
+    for together in coupling.bundles():
+        bundle = _bundle(coupling, together, round_to, min_width)
+        kept.update({a.id: bundle.kept(a, 0) for a in bundle.axes})
+    return coupling.cost(kept)
+

@@ -1,0 +1,249 @@
+"""Axes: which tensor dims are one and the same thing, found by unification with refinement.
+
+A tensor's dim is an *axis*. An axis is an atom, or it has been found to be a sum (concat, split, slice, zero padding) or a
+product (reshape, groups, heads) of smaller axes; sums and products nest. ``unify`` says that two axes are the same: union-find,
+and where the two are cut differently, the coarser one is refined until the cuts agree. Parts are strictly smaller than the whole,
+so there are no cycles, and every refinement adds a node: the work is linear in the number of ops, up to the inverse Ackermann factor.
+
+Axes of size 1 are never cut and are left out of products. What can't be made to agree is pinned, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+
+
+class Form(Enum):
+    ATOM = "atom"
+    SUM = "sum"
+    PRODUCT = "product"
+
+
+class Axis:
+    """A node of the union-find forest. Identity matters, equality does not: always go through :func:`find`."""
+
+    __slots__ = ("form", "mixed", "parts", "pinned", "same_as", "size")
+
+    def __init__(self, size: int, pinned: str | None = None) -> None:
+        self.size = size
+        self.form = Form.ATOM
+        self.parts: tuple[Axis, ...] = ()
+        self.pinned = pinned
+        self.mixed = False
+        self.same_as: Axis | None = None
+
+    def __repr__(self) -> str:
+        root = find(self)
+        if root.form is Form.ATOM:
+            return f"{'=' if root.pinned else ''}{root.size}"
+        sign = " + " if root.form is Form.SUM else " "
+        return "(" + sign.join(map(repr, root.parts)) + ")"
+
+
+def find(axis: Axis) -> Axis:
+    """The representative of ``axis`` (with path halving)."""
+    while axis.same_as is not None:
+        if axis.same_as.same_as is not None:
+            axis.same_as = axis.same_as.same_as
+        axis = axis.same_as
+    return axis
+
+
+def terms(axis: Axis) -> list[Axis]:
+    """``axis`` as a sum: its parts in order, nested sums opened; an axis that is no sum is its own only term."""
+    return _open(axis, Form.SUM)
+
+
+def factors(axis: Axis) -> list[Axis]:
+    """``axis`` as a product: its factors, major first, nested products opened."""
+    return _open(axis, Form.PRODUCT)
+
+
+def _open(axis: Axis, form: Form) -> list[Axis]:
+    axis = find(axis)
+    if axis.form is not form:
+        return [axis]
+    return [leaf for part in axis.parts for leaf in _open(part, form)]
+
+
+def atoms(axis: Axis) -> Iterator[Axis]:
+    """Every atom below ``axis``; one that occurs twice is given twice."""
+    axis = find(axis)
+    if axis.form is Form.ATOM:
+        yield axis
+    for part in axis.parts:
+        yield from atoms(part)
+
+
+def pin(axis: Axis, reason: str) -> None:
+    """Forbid any cut of ``axis``. The first reason given stays."""
+    axis = find(axis)
+    if axis.pinned is None:
+        axis.pinned = reason
+        for part in axis.parts:
+            pin(part, reason)
+
+
+def mix(axis: Axis) -> None:
+    """Note that some op mixes along ``axis`` (its result at one index depends on which other indices are there)."""
+    for atom in atoms(axis):
+        atom.mixed = True
+
+
+def sum_of(parts: Sequence[Axis]) -> Axis:
+    """The axis that lays ``parts`` end to end."""
+    return _compose([p for p in parts if find(p).size > 0], Form.SUM, sum(find(p).size for p in parts))
+
+
+def product_of(parts: Sequence[Axis]) -> Axis:
+    """The axis that runs through ``parts`` in row-major order."""
+    return _compose([p for p in parts if find(p).size != 1], Form.PRODUCT, math.prod(find(p).size for p in parts))
+
+
+def _compose(parts: list[Axis], form: Form, size: int) -> Axis:
+    parts = [leaf for part in parts for leaf in _open(part, form)]  # kept flat, so that deep concats don't nest
+    if len(parts) == 1:
+        return parts[0]
+    axis = Axis(size)
+    if parts and size:
+        axis.form, axis.parts = form, tuple(parts)
+        if all(find(p).pinned for p in parts):
+            axis.pinned = find(parts[0]).pinned
+    return axis
+
+
+def split(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
+    """Refine ``axis`` so that it is the sum of its first ``at`` indices and the rest; None where a cut would fall inside a product's row."""
+    axis = find(axis)
+    if axis.form is Form.SUM:
+        return _split_sum(axis, at)
+    if axis.form is Form.ATOM:
+        halves = (Axis(at, axis.pinned), Axis(axis.size - at, axis.pinned))
+        for half in halves:
+            half.mixed = axis.mixed
+    else:
+        major, *minor = factors(axis)
+        row = math.prod(find(f).size for f in minor)
+        cut = split(major, at // row) if at % row == 0 else None
+        if cut is None:
+            return None
+        halves = (product_of([cut[0], *minor]), product_of([cut[1], *minor]))
+    axis.form, axis.parts = Form.SUM, halves
+    return halves
+
+
+def _split_sum(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
+    left: list[Axis] = []
+    right = terms(axis)
+    while at:
+        part = right.pop(0)
+        if part.size > at:
+            cut = split(part, at)
+            if cut is None:
+                return None
+            part, rest = cut
+            right.insert(0, rest)
+        left.append(part)
+        at -= find(part).size
+    return sum_of(left), sum_of(right)
+
+
+def factor(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
+    """Refine ``axis`` so that it is a product of ``major`` rows of equal length; None where it can't be one."""
+    axis = find(axis)
+    row, remainder = divmod(axis.size, major)
+    if remainder:
+        return None
+    if axis.form is Form.PRODUCT:
+        return _factor_product(axis, major)
+    if axis.form is Form.ATOM:
+        rows, columns = Axis(major, axis.pinned), Axis(row, axis.pinned)
+        rows.mixed = columns.mixed = axis.mixed
+    else:
+        pieces = [factor(t, t.size // row) if t.size % row == 0 else None for t in terms(axis)]
+        if any(p is None for p in pieces):
+            return None
+        rows = sum_of([p[0] for p in pieces if p])
+        columns = pieces[0][1]  # type: ignore[index]
+        for piece in pieces[1:]:
+            unify(columns, piece[1])  # type: ignore[index]
+    axis.form, axis.parts = Form.PRODUCT, (rows, columns)
+    return rows, columns
+
+
+def _factor_product(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
+    high: list[Axis] = []
+    low = factors(axis)
+    while major > 1:
+        part = low.pop(0)
+        if part.size > major:
+            cut = factor(part, major)
+            if cut is None:
+                return None
+            part, rest = cut
+            low.insert(0, rest)
+        if major % find(part).size:
+            return None
+        high.append(part)
+        major //= find(part).size
+    return product_of(high), product_of(low)
+
+
+def unify(a: Axis, b: Axis) -> bool:
+    """Make ``a`` and ``b`` one axis. Where no common refinement exists both are pinned and the answer is False."""
+    a, b = find(a), find(b)
+    if a is b:
+        return True
+    if a.size != b.size:
+        return _conflict(a, b, f"meets an axis of another size ({a.size} and {b.size})")
+    if a.pinned or b.pinned:  # nothing is ever cut there, so how the two are composed does not matter
+        pin(a, str(b.pinned))
+        pin(b, str(a.pinned))
+        return True
+    if a.form is not Form.ATOM and b.form is Form.ATOM:
+        a, b = b, a
+    if a.form is not Form.ATOM:
+        if a.form is b.form is Form.PRODUCT:
+            fits = _align(factors(a), factors(b), factor)
+        else:
+            fits = _align(terms(a), terms(b), split)
+        if not fits:
+            return _conflict(a, b, "is cut in two ways that share no refinement")
+        a, b = find(a), find(b)
+        if a is b:
+            return True
+    _merge(a, b)
+    return True
+
+
+def _merge(a: Axis, b: Axis) -> None:
+    """Point ``a`` at ``b``; what was known of ``a`` holds for ``b``."""
+    a.same_as = b
+    if a.mixed:
+        mix(b)
+
+
+def _align(left: list[Axis], right: list[Axis], cut: Callable[[Axis, int], tuple[Axis, Axis] | None]) -> bool:
+    """Unify two lists of terms (cut: split) or of factors (cut: factor) of the same whole, cutting the larger head where sizes differ."""
+    left, right = left[::-1], right[::-1]
+    while left and right:
+        x, y = find(left.pop()), find(right.pop())
+        if x.size < y.size:
+            x, y, left, right = y, x, right, left
+        if x.size > y.size:
+            halves = cut(x, y.size)
+            if halves is None:
+                return False
+            x = find(halves[0])
+            left.append(halves[1])
+        if not unify(x, y):
+            return False
+    return True
+
+
+def _conflict(a: Axis, b: Axis, reason: str) -> bool:
+    pin(a, reason)
+    pin(b, reason)
+    return False

@@ -1,0 +1,442 @@
+"""The command line: `coppice inspect | prune | eval | export | demo`.
+
+Exit status: 0 done, 1 a fault of ours, 2 bad input (one sentence on stderr), 3 done but the target or the floor does not hold,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import coppice
+from coppice.errors import CoppiceError
+
+if TYPE_CHECKING:
+    from coppice.config import RunConfig
+    from coppice.loop import Result
+    from coppice.run import Json
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Prune a trained network, and prove it right."
+)
+
+# Options that several commands share. None means "not given": the defaults live in RunConfig.
+Text = str | None  # a module-level alias, evaluated when typer reads the annotations
+Model = Annotated[str, typer.Option("--model", help="FILE.py:factory, torchvision:NAME or timm:NAME", metavar="SPEC")]
+Weights = Annotated[Text, typer.Option("--weights", help=".safetensors, or .pth/.pt holding only tensors", metavar="FILE")]
+NumClasses = Annotated[int | None, typer.Option("--num-classes", help="passed to the factory")]
+Input = Annotated[Text, typer.Option("--input", help="shape of an example input, such as 1,3,224,224", metavar="N,C,H,W")]
+DataSpec = Annotated[Text, typer.Option("--data", help="a folder, a parquet or arrow file, or digits", metavar="PATH")]
+Mean = Annotated[Text, typer.Option("--mean", help="per channel, for pixels in 0..1", metavar="R,G,B")]
+Std = Annotated[Text, typer.Option("--std", help="per channel, for pixels in 0..1", metavar="R,G,B")]
+Size = Annotated[int | None, typer.Option("--size", help="centre crop, pixels")]
+Resize = Annotated[int | None, typer.Option("--resize", help="shorter side before the crop, pixels")]
+Split = Annotated[
+    list[str] | None, typer.Option("--split", help="what the data calls a split, such as train=training", metavar="ROLE=NAME")
+]
+ValFraction = Annotated[float | None, typer.Option("--val-fraction", help="part of train that decisions are taken on [0.1]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="everything random derives from it [0]")]
+Threads = Annotated[int | None, typer.Option("--threads", help="PyTorch threads [one a core]")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on stdout")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"coppice {coppice.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    del version
+
+
+@app.command()
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    input: Input = None,
+    num_classes: NumClasses = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the axes of a model: what is coupled, what each share of the MACs is, what is pinned and why."""
+    import torch
+
+    from coppice.coupling import couple
+    from coppice.models import load_model
+    from coppice.torch.capture import capture
+
+    if input is None:
+        raise CoppiceError("inspect needs the shape of an input: --input 1,3,224,224")
+    shape = tuple(_numbers("--input", input, int))
+    network = load_model(model, Path(weights) if weights else None, num_classes).eval()
+    coupling = couple(capture(network, (torch.zeros(shape),)))
+    total = coupling.cost()
+    axes = [
+        {
+            "name": axis.name, "width": axis.width, "sites": [list(site) for site in axis.sites], "pinned": axis.pinned,
+            "macs_share": 1 - coupling.cost({axis.id: 0}).macs / max(total.macs, 1),
+        }
+        for axis in coupling.axes
+    ]  # fmt: skip
+    found = {
+        "model": model,
+        "input": list(shape),
+        "macs": total.macs,
+        "params": total.params,
+        "bytes": total.bytes,
+        "axes": axes,
+        "pins": coupling.pins,
+    }
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print_axes(found)
+
+
+@app.command()
+def prune(
+    model: Annotated[Text, typer.Option("--model", help="FILE.py:factory, torchvision:NAME or timm:NAME", metavar="SPEC")] = None,
+    weights: Weights = None,
+    data: DataSpec = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="macs=0.5, params=2.0M, bytes=5MB, or several", metavar="KEY=VALUE")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option("--max-drop", help="points of top-1 that may be lost; alone: the smallest such model")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="the run folder", metavar="DIR")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="start from the settings of a config.toml", metavar="FILE")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="go on with an interrupted run", metavar="DIR")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    input: Input = None,
+    num_classes: NumClasses = None,
+    split: Split = None,
+    val_fraction: ValFraction = None,
+    criterion: Annotated[Text, typer.Option("--criterion", help="l1, l2, gradient, taylor or random [taylor]")] = None,
+    allocation: Annotated[Text, typer.Option("--allocation", help="global or uniform [global]")] = None,
+    round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this [8]")] = None,
+    min_width: Annotated[int | None, typer.Option("--min-width", help="no axis gets narrower [8]")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="cuts on the way to the target [1]")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="fine-tunings while the floor does not hold [2]")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="probes of the bisection with --max-drop alone [5]")] = None,
+    calibration: Annotated[int | None, typer.Option("--calibration", help="training images for the scores [512]")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="fine-tuning epochs in all [3]")] = None,
+    optimizer: Annotated[Text, typer.Option("--optimizer", help="sgd or adamw [sgd]")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="peak learning rate")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[128]")] = None,
+    schedule: Annotated[Text, typer.Option("--schedule", help="cosine or onecycle [cosine]")] = None,
+    warmup: Annotated[float | None, typer.Option("--warmup", help="part of the steps spent warming up")] = None,
+    label_smoothing: Annotated[float | None, typer.Option("--label-smoothing", help="[0]")] = None,
+    distill: Annotated[float | None, typer.Option("--distill", help="weight of distillation from the dense model [0: off]")] = None,
+    precision: Annotated[Text, typer.Option("--precision", help="auto, fp32 or bf16 [auto]")] = None,
+    augment: Annotated[Text, typer.Option("--augment", help="light, crop or none [light]")] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+) -> None:
+    """Cut a model to a target, verify, fine-tune, evaluate, export, report."""
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("out", "config", "resume")}
+    if resume is not None:
+        if given or out or config:
+            raise CoppiceError(
+                f"--resume goes on with the run's own settings: drop {_flag(next(iter([*given, 'out' if out else 'config'])))}"
+            )
+        _finish(resume, lambda: _resume(resume))
+        return
+    if out is None:
+        raise CoppiceError("name the run folder with --out")
+    settings = _settings(given, config)
+    _finish(out, lambda: _prune(settings, out))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Option("--model", help="a run folder, or a model as for prune", metavar="RUN|SPEC")],
+    data: DataSpec = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    split: Split = None,
+    val_fraction: ValFraction = None,
+    part: Annotated[str, typer.Option("--part", help="test, val or train")] = "test",
+    seed: Seed = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy of a run's pruned model, or of any model, on a data set."""
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("part", "as_json", "model")}
+    from coppice.config import usable_cores
+    from coppice.data import check_classes, load_data
+    from coppice.evaluate import evaluate as measure
+    from coppice.loop import count_outputs
+    from coppice.models import load_model
+    from coppice.run import CONFIG, load
+    from coppice.stages import threads as fixed_threads
+
+    if part not in ("test", "val", "train"):
+        raise CoppiceError(f"--part {part}: choose test, val or train")
+    folder = Path(model)
+    is_run = folder.is_dir()
+    if is_run and (weights or num_classes):
+        raise CoppiceError("a run folder has its own weights: drop --weights and --num-classes")
+    config = _settings(given, folder / CONFIG if is_run else None) if is_run else _settings(given | {"model": model}, None)
+    if not config.data:
+        raise CoppiceError("name the data with --data")
+    with fixed_threads(config.threads or usable_cores()), _terminal().bar("measuring") as advance:
+        network = load(folder) if is_run else load_model(model, Path(weights) if weights else None, num_classes).eval()
+        images = load_data(
+            config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits
+        )
+        check_classes(images, count_outputs(network, images))
+        found = measure(network, getattr(images, part), images.preprocess, progress=advance)
+    low, high = found.top1_ci95
+    if as_json:
+        classes = dict(zip(images.classes, found.per_class, strict=True))
+        typer.echo(
+            json.dumps(
+                {
+                    "part": part,
+                    "images": found.n,
+                    "top1": found.top1,
+                    "top1_ci95": [low, high],
+                    "top5": found.top5,
+                    "loss": found.loss,
+                    "per_class": classes,
+                }
+            )
+        )
+    else:
+        typer.echo(
+            f"{part}, {found.n} images: top-1 {found.top1:.2f} % (95 %: {low:.2f} - {high:.2f}), "
+            f"top-5 {found.top5:.2f} %, loss {found.loss:.4f}"
+        )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a finished run folder")],
+    to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", help="the file [RUN/model.onnx]", metavar="FILE")] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset [the exporter's own]")] = None,
+) -> None:
+    """Write a run's pruned model as ONNX, compared with PyTorch, to be run where coppice is not installed."""
+    import torch
+
+    from coppice.export import check_onnx, export_onnx
+    from coppice.run import METRICS, ONNX, load, read_json
+    from coppice.seeding import seeded
+
+    if to != "onnx":
+        raise CoppiceError(f"--to {to}: the only format is onnx")
+    model = load(run)
+    with seeded(0, "export"):
+        images = torch.randn(8, *read_json(run / METRICS)["input"][1:])
+    path = out or run / (ONNX if opset is None else f"model-opset{opset}.onnx")
+    if path.exists():
+        if out is not None or opset is not None:
+            raise CoppiceError(f"{path} exists already, name another file with --out")
+        check = check_onnx(model, images, path)  # written by prune: say that it still holds
+    else:
+        check = export_onnx(model, images, path, opset=opset)
+    typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB, equals PyTorch within {check.error:.1e} of the largest output")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="where to put it", metavar="DIR")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over what an earlier demo left there")] = False,
+) -> None:
+    """Train a small network on the embedded digits and prune it to half its MACs: two minutes, no download."""
+    from coppice.demo import run_demo
+
+    _finish(out / "pruned", lambda: run_demo(out, fresh=fresh, progress=_terminal()))
+
+
+# --- from options to settings ---------------------------------------------------------------------------------------
+
+_PREPROCESS, _RECIPE = ("size", "resize", "mean", "std"), (
+    "epochs", "optimizer", "lr", "weight_decay", "batch_size", "schedule", "warmup", "label_smoothing", "distill", "precision", "augment",
+)  # fmt: skip
+
+
+def _settings(given: Mapping[str, Any], config: Path | None) -> RunConfig:
+    """The settings of a config.toml, or the defaults, with the options given on top."""
+    from coppice.config import RunConfig, load_config
+    from coppice.targets import parse_target
+
+    base = load_config(config)[0] if config else RunConfig()
+    readers: dict[str, Callable[[Any], Any]] = {
+        "mean": lambda text: tuple(_numbers("--mean", text, float)),
+        "std": lambda text: tuple(_numbers("--std", text, float)),
+        "input": lambda text: tuple(_numbers("--input", text, int)),
+        "target": parse_target,
+        "split": _splits,
+    }
+    read = {name: readers[name](value) if name in readers else value for name, value in given.items()}
+    if "split" in read:
+        read["splits"] = read.pop("split")
+    preprocess = replace(base.preprocess, **{k: read.pop(k) for k in _PREPROCESS if k in read})
+    recipe = replace(base.recipe, **{k: read.pop(k) for k in _RECIPE if k in read})
+    return replace(base, **read, preprocess=preprocess, recipe=recipe)
+
+
+def _numbers(flag: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise CoppiceError(f"{flag} {text}: write numbers with commas between them") from None
+
+
+def _splits(given: Sequence[str]) -> dict[str, str]:
+    pairs = [entry.partition("=") for text in given for entry in text.split(",")]
+    wrong = [role for role, equals, name in pairs if role not in ("train", "val", "test") or not name]
+    if wrong:
+        raise CoppiceError(f"--split {wrong[0]}: write ROLE=NAME with a role of train, val or test")
+    return {role: name for role, _, name in pairs}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# --- doing and saying -----------------------------------------------------------------------------------------------
+
+
+def _prune(settings: RunConfig, out: Path) -> Result:
+    from coppice.loop import prune_run
+
+    for flag, value in (("--model", settings.model), ("--data", settings.data)):
+        if not value:
+            raise CoppiceError(f"{flag} is missing")
+    return prune_run(settings, out, progress=_terminal())
+
+
+def _resume(run: Path) -> Result:
+    from coppice.loop import resume
+
+    return resume(run, progress=_terminal())
+
+
+def _finish(folder: Path, work: Callable[[], Result]) -> None:
+    """Do the work, print what came of it, and leave with the exit status that says whether the target holds."""
+    with _guarded(folder):
+        result = work()
+    _print_result(result.metrics)
+    typer.echo(result.statement)
+    typer.echo(f"report: {folder / 'report.html'}")
+    raise typer.Exit(0 if result.met else 3)
+
+
+@contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    """Say how to go on after Ctrl-C, and keep the traceback of a fault of ours out of the terminal but not out of reach."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        started = (folder / "config.toml").exists()
+        _complain(f"stopped; go on with: coppice prune --resume {folder}" if started else "stopped before anything was written")
+        raise typer.Exit(130) from None
+    except (CoppiceError, typer.Exit):
+        raise
+    except Exception as error:
+        _complain(_fault(error, folder if folder.is_dir() else Path(tempfile.gettempdir())))
+        raise typer.Exit(1) from None
+
+
+def _fault(error: Exception, folder: Path) -> str:
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix="fault-", suffix=".txt", delete=False, encoding="utf-8") as stream:
+        stream.write("".join(traceback.format_exception(error)))
+    reason = str(error).strip().splitlines()
+    return f"unexpected {type(error).__name__}{': ' + reason[0] if reason else ''} (traceback in {stream.name})"
+
+
+def _complain(sentence: str) -> None:
+    print(f"coppice: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def _terminal() -> Any:
+    from coppice.progress import Terminal
+
+    return Terminal()
+
+
+def _print_axes(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from coppice.targets import humanise
+
+    table = Table("axis", box=None, header_style="bold")
+    for column in ("width", "tensors", "MACs"):
+        table.add_column(column, justify="right")
+    table.add_column("pinned")
+    for axis in found["axes"]:
+        share = f"{100 * axis['macs_share']:.1f} %"
+        table.add_row(
+            axis["name"], str(axis["width"]), str(len(axis["sites"])), share, axis["pinned"] or "", style="dim" if axis["pinned"] else ""
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    free = [axis for axis in found["axes"] if not axis["pinned"]]
+    totals = (
+        f"{humanise(found['macs'], 'macs')} MACs, {humanise(found['params'], 'params')} parameters, {humanise(found['bytes'], 'bytes')}"
+    )
+    console.print(f"{len(free)} axes can be cut, {len(found['axes']) - len(free)} are pinned. {totals}.", markup=False)
+
+
+def _print_result(metrics: Json) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from coppice.report import table_rows
+
+    table = Table("", box=None, header_style="bold")
+    for column in ("dense", "pruned", "change"):
+        table.add_column(column, justify="right")
+    for row in table_rows(metrics):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and answer its exit status: every failure is one sentence on stderr."""
+    try:
+        status = app(args=list(arguments), standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except CoppiceError as error:
+        _complain(str(error))
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped")
+        return 130
+    except typer.Exit as leave:
+        return leave.exit_code
+    except Exception as error:
+        if _is_usage(error):
+            _complain(f"{error.format_message()} (see coppice --help)")  # type: ignore[attr-defined]
+            return 2
+        _complain(_fault(error, Path(tempfile.gettempdir())))
+        return 1
+
+
+def _is_usage(error: Exception) -> bool:
+    """Typer carries its own copy of click in some versions: the base class is found through an exception that it exports."""
+    base = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    return isinstance(error, base)

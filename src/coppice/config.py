@@ -1,0 +1,212 @@
+"""Every setting of a run, and its file: `config.toml` is enough to repeat the run.
+
+The settings live in one frozen dataclass; the file adds what is not a setting but explains a result: versions, the machine, and the
+SHA-256 of the model file and the weights that the run began with. `resume` compares those; `--config` only reads the settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import coppice
+from coppice.errors import CoppiceError
+from coppice.preprocess import Preprocess
+from coppice.targets import Target, parse_target
+from coppice.train import Recipe
+
+CRITERIA = ("l1", "l2", "gradient", "taylor", "random")
+ALLOCATIONS = ("global", "uniform")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One pruning run. Paths are absolute, so that a run folder can be loaded from any working directory."""
+
+    model: str = ""  # FILE.py:factory, torchvision:NAME, timm:NAME; "" for a module handed over in Python
+    weights: str = ""  # .safetensors, .pth or .pt; "" for the factory's own
+    num_classes: int = 0  # 0: the factory's own
+    data: str = ""  # a folder, a parquet or arrow file, "digits"; "" for loaders handed over in Python
+    splits: Mapping[str, str] = field(default_factory=dict)  # "train", "val", "test" -> the name used by the data
+    val_fraction: float = 0.1
+    input: tuple[int, ...] = ()  # shape of the example input; (): one image as the data has it
+    preprocess: Preprocess = Preprocess()
+    target: Target = Target()
+    max_drop: float | None = None  # points of top-1, on the validation split
+    criterion: str = "taylor"
+    allocation: str = "global"
+    round_to: int = 8
+    min_width: int = 8
+    steps: int = 1  # cuts to the target
+    rounds: int = 2  # fine-tunings after the last cut, as long as the floor is not held
+    trials: int = 5  # probes of the bisection, when only max_drop is given
+    calibration: int = 512  # training images for the scores
+    recipe: Recipe = field(default_factory=Recipe)
+    seed: int = 0
+    threads: int = 0  # 0: one a core; stored as the number used
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data without empty entries; `from_dict` is the inverse."""
+        plain: dict[str, Any] = _prune_empty(asdict(self) | {"target": self.target.to_dict(), "splits": dict(self.splits)})
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> RunConfig:
+        """Raises CoppiceError naming a setting that is unknown, of the wrong kind or out of bounds."""
+        _check_types(plain, cls(), "")
+        readers: dict[str, Callable[[Any], Any]] = {
+            "target": parse_target, "preprocess": Preprocess.from_dict, "input": tuple, "splits": dict,
+            "recipe": lambda recipe: Recipe(**_check_types(recipe, Recipe(), "recipe.")),
+        }  # fmt: skip
+        return cls(**{key: readers[key](value) if key in readers else value for key, value in plain.items()})
+
+    def absolute(self) -> RunConfig:
+        """The same with every path absolute and the number of threads settled."""
+        file, colon, factory = self.model.rpartition(":")
+        model = f"{Path(file).resolve()}{colon}{factory}" if file.endswith(".py") else self.model
+        weights = str(Path(self.weights).resolve()) if self.weights else ""
+        data = str(Path(self.data).resolve()) if self.data and Path(self.data).exists() else self.data
+        return replace(self, model=model, weights=weights, data=data, threads=self.threads or usable_cores())
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the files that decide the dense model: they must not change under a run."""
+        file = self.model.rpartition(":")[0]
+        paths = {"model": Path(file) if file.endswith(".py") else None, "weights": Path(self.weights) if self.weights else None}
+        return {name: sha256(path) for name, path in paths.items() if path and path.is_file()}
+
+
+def _check(config: RunConfig) -> None:
+    bounds: list[tuple[bool, str]] = [
+        (0 < config.val_fraction < 1, f"--val-fraction {config.val_fraction}: it lies between 0 and 1"),
+        (config.max_drop is None or config.max_drop >= 0, f"--max-drop {config.max_drop}: give points of top-1, 0 or more"),
+        (config.criterion in CRITERIA, f"--criterion {config.criterion}: choose one of {', '.join(CRITERIA)}"),
+        (config.allocation in ALLOCATIONS, f"--allocation {config.allocation}: choose one of {', '.join(ALLOCATIONS)}"),
+        (all(size > 0 for size in config.input), f"--input {config.input}: every size must be 1 or more"),
+        (config.num_classes >= 0, f"--num-classes {config.num_classes}: it must be 1 or more"),
+        (config.threads >= 0, f"--threads {config.threads}: it must be 1 or more"),
+        (config.seed >= 0, f"--seed {config.seed}: it must be 0 or more"),
+    ]
+    bounds += [
+        (getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)}: it must be 1 or more")
+        for name in ("round_to", "min_width", "steps", "rounds", "trials", "calibration")
+    ]
+    for holds, message in bounds:
+        if not holds:
+            raise CoppiceError(message)
+
+
+def _check_types(given: Mapping[str, Any], default: Any, where: str) -> Mapping[str, Any]:
+    """`given` itself, if it names fields of the dataclass `default` and its values are of their kinds."""
+    known = {f.name: getattr(default, f.name) for f in fields(default)}
+    for name, value in given.items():
+        if name not in known:
+            raise CoppiceError(f"configuration: unknown setting {where}{name}, known are {', '.join(sorted(known))}")
+        kinds, wanted = _kinds(known[name])
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise CoppiceError(f"configuration: {where}{name} is {value!r}, it must be {wanted}")
+    if not all(isinstance(size, int) for size in given.get("input", ())):
+        raise CoppiceError(f"configuration: input is {given['input']!r}, it must be a list of whole numbers")
+    return given
+
+
+def _kinds(default: Any) -> tuple[tuple[type, ...], str]:
+    if isinstance(default, str):
+        return (str,), "text"
+    if isinstance(default, int):
+        return (int,), "a whole number"
+    if default is None or isinstance(default, float):
+        return (int, float), "a number"
+    if isinstance(default, tuple):
+        return (list, tuple), "a list"
+    return (Mapping,), "a table"
+
+
+def _prune_empty(value: Any) -> Any:
+    """TOML has no null: what is None, and an empty table or list, is left out. Tuples become lists."""
+    if isinstance(value, Mapping):
+        kept = {key: _prune_empty(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not None and item not in ({}, [], "")}
+    return [_prune_empty(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def dump_config(config: RunConfig) -> str:
+    """The text of config.toml: the settings, then `versions`, `machine` and `inputs`, which are records and not settings."""
+    tomli_w = _tomli_w()
+    records = {"versions": versions(), "machine": machine(config.threads), "inputs": config.fingerprints()}
+    settings = config.to_dict()
+    header = f"# Written by coppice {coppice.__version__}. To repeat: coppice prune --config config.toml --out AGAIN\n\n"
+    return header + str(tomli_w.dumps(settings | {k: v for k, v in records.items() if v}))
+
+
+def load_config(path: Path) -> tuple[RunConfig, dict[str, dict[str, Any]]]:
+    """Settings and records of a config.toml. Raises CoppiceError if it is missing, not TOML, or has an unknown setting."""
+    try:
+        plain = _tomllib().loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CoppiceError(f"no configuration at {path}") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:  # TOMLDecodeError is a ValueError
+        raise CoppiceError(f"{path} can't be read as TOML: {error}") from error
+    records = {name: plain.pop(name, {}) for name in ("versions", "machine", "inputs")}
+    return RunConfig.from_dict(plain), records
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number in the result."""
+    found = {"coppice": coppice.__version__, "python": platform.python_version()}
+    for name in ("numpy", "torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(threads: int) -> dict[str, Any]:
+    return {"system": platform.platform(), "cpu": cpu_model(), "cores": os.cpu_count() or 1, "threads": threads}
+
+
+def cpu_model() -> str:
+    """The marketing name of the processor, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (a container often has fewer than the machine)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _tomllib() -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib
+
+
+def _tomli_w() -> Any:
+    try:
+        import tomli_w
+    except ImportError:
+        raise CoppiceError("config.toml can't be written without tomli-w: pip install 'coppice[cli]'") from None
+    return tomli_w

@@ -1,0 +1,44 @@
+"""What a model costs, as exact polynomials in the widths of its axes.
+
+Every MAC, parameter and byte is a product of axis widths (a :class:`Term`), because the rule table says which axes an op runs over.
+So the cost of any plan is evaluated, not traced again, and equals counting the sliced model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coppice.axes import Axis, Form, find
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Cost of one sample: multiply-accumulates, parameters, and bytes of parameters and buffers."""
+
+    macs: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``scale / divisor`` times the product of the widths of ``axes``; ``kind`` is a field of :class:`Cost`."""
+
+    kind: str
+    axes: tuple[Axis, ...]
+    scale: int
+    divisor: int
+
+    def evaluate(self, widths: Mapping[Axis, int]) -> int:
+        return math.prod(width(a, widths) for a in self.axes) * self.scale // self.divisor
+
+
+def width(axis: Axis, widths: Mapping[Axis, int]) -> int:
+    """The width of ``axis`` where its atoms have the given widths (missing: their full size)."""
+    axis = find(axis)
+    if axis.form is Form.ATOM:
+        return widths.get(axis, axis.size)
+    parts = (width(p, widths) for p in axis.parts)
+    return sum(parts) if axis.form is Form.SUM else math.prod(parts)

@@ -1,0 +1,353 @@
+"""Coupling: from a recorded graph to axes and pins, in one pass over the ops.
+
+Each op's rule unifies the dims of its operands and results (``coppice.axes``). What remains are atoms: the independent axes,
+each with every place where it lies. What can't be cut is pinned, with its reason; there are no hints to give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coppice.axes import Axis, Form, atoms, find, mix, pin, product_of, terms, unify
+from coppice.cost import Cost, Term
+from coppice.graph import Graph, Kind, Op
+from coppice.movement import SHAPE_RULES, Dims, fixed
+from coppice.notation import Dim, Line, Special, parse, spread
+from coppice.rules import LINES
+
+Mask = NDArray[np.bool_]
+ALONE = "no parameter lies on it"
+KERNEL = "a kernel or image size"
+
+
+@dataclass(slots=True)
+class OpDims:
+    """What the oracle and surgery need of one op: operand dims summed away, whether any dim is mixed, and the letters' axes."""
+
+    contracted: list[tuple[int, int]] = field(default_factory=list)
+    mixes: list[Axis] = field(default_factory=list)
+    letters: dict[str, Axis] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class PrunableAxis:
+    """One independent axis: ``sites`` are ``(parameter or buffer, dim)``; ``pinned`` is None where it may be cut."""
+
+    id: int
+    name: str
+    width: int
+    atom: Axis
+    sites: tuple[tuple[str, int], ...]
+    multiple: int
+
+    @property
+    def pinned(self) -> str | None:
+        return self.atom.pinned
+
+    @property
+    def mixed(self) -> bool:
+        return self.atom.mixed
+
+
+@dataclass(slots=True, eq=False)
+class Coupling:
+    """The axes of a graph. ``dims[v]`` are the axes of value ``v``; ``ties`` are sets of axes whose widths must stay in proportion.
+
+    ``bindings`` say which attributes of the user's modules hold a width: ``(module path, attribute, index or None) -> axis``, with the
+    dense values of those that are sequences in ``sequences``; the front-end finds them, ``coppice.plan`` evaluates them.
+    """
+
+    graph: Graph
+    dims: list[Dims]
+    ops: list[OpDims]
+    cost_terms: list[Term]
+    ties: list[tuple[Axis, ...]] = field(default_factory=list)
+    bindings: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
+    sequences: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    _axes: list[PrunableAxis] | None = None
+
+    @property
+    def axes(self) -> list[PrunableAxis]:
+        """Every axis that lies on a parameter or buffer, pinned ones included; kernel sizes are none."""
+        if self._axes is None:
+            self._axes = _collect_axes(self)
+        return self._axes
+
+    def refresh(self) -> None:
+        """Forget the list of axes after something more was pinned or refined."""
+        self._axes = None
+
+    @property
+    def prunable(self) -> list[PrunableAxis]:
+        return [a for a in self.axes if a.pinned is None]
+
+    def bundles(self) -> list[tuple[Axis, ...]]:
+        """The prunable atoms, those tied together as one bundle: their widths move in proportion. A tie to a pinned atom pins the others."""
+        group: dict[Axis, dict[Axis, None]] = {}
+        for tie in self.ties:
+            merged = dict.fromkeys(a for atom in tie for a in (*group.get(find(atom), ()), find(atom)))
+            group.update(dict.fromkeys(merged, merged))
+        for merged in group.values():
+            reason = next((a.pinned for a in merged if a.pinned), None)
+            for atom in merged if reason else ():
+                pin(atom, str(reason))
+        self.refresh()
+        found: dict[Axis, tuple[Axis, ...]] = {}
+        for axis in self.prunable:
+            bundle = tuple(group.get(axis.atom, (axis.atom,)))
+            found.setdefault(bundle[0], bundle)
+        return list(found.values())
+
+    @property
+    def pins(self) -> dict[str, list[str]]:
+        """Reason -> names of the axes pinned for it."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for axis in self.axes:
+            if axis.pinned is not None:
+                found[axis.pinned].append(axis.name)
+        return dict(found)
+
+    def widths(self, kept: Mapping[int, int] | None = None) -> dict[Axis, int]:
+        """Axis ids -> widths as atoms -> widths."""
+        return {a.atom: kept[a.id] for a in self.axes if kept and a.id in kept}
+
+    def cost(self, kept: Mapping[int, int] | None = None) -> Cost:
+        """MACs, parameters and bytes of one sample at the given widths (axis id -> width; missing: full). Exact, no re-tracing."""
+        widths = self.widths(kept)
+        total = Counter[str]()
+        for term in self.cost_terms:
+            total[term.kind] += term.evaluate(widths)
+        return Cost(total["macs"], total["params"], total["bytes"])
+
+
+def couple(graph: Graph) -> Coupling:
+    """Find the axes of ``graph``. Linear in the number of ops."""
+    dims: list[Dims | None] = [None] * len(graph.values)
+    for value in graph.values:
+        if value.kind is Kind.INPUT:
+            dims[value.id] = fixed(value.shape, "model input")
+        elif value.kind is Kind.CONSTANT:
+            dims[value.id] = fixed(value.shape, "a constant made by the code")
+        elif value.kind is not Kind.INTERMEDIATE:
+            dims[value.id] = tuple(Axis(size) for size in value.shape)
+    infos, macs = [], []
+    for op in graph.ops:
+        operands = [() if v is None else _given(dims, graph, v) for v in op.inputs]
+        for axis in (a for v in op.others for a in _given(dims, graph, v)):
+            pin(axis, f"read by {op.name}, whose rule says nothing about it")
+        results, info, products = apply_rule(op, operands, [graph.shape(v) for v in op.outputs])
+        for value, axes in zip(op.outputs, results, strict=True):
+            before = dims[value]
+            if before is not None and graph.values[value].kind is not Kind.INTERMEDIATE:  # written in place
+                for old, new in zip(before, axes, strict=True):
+                    unify(old, new)
+            dims[value] = axes
+        infos.append(info)
+        macs += [Term("macs", tuple(p), 1, graph.batch) for p in products]
+    for v in graph.outputs:
+        for axis in _given(dims, graph, v):
+            pin(axis, "model output")
+    known = [d if d is not None else fixed(v.shape) for d, v in zip(dims, graph.values, strict=True)]
+    sizes = [
+        Term(kind, known[v.id], v.itemsize if kind == "bytes" else 1, 1)
+        for v in graph.weights()
+        for kind in (("params", "bytes") if v.kind is Kind.PARAMETER else ("bytes",))
+    ]
+    coupling = Coupling(graph, known, infos, macs + sizes)
+    _pin_lone_axes(coupling)
+    if graph.origin is not None:
+        graph.origin.bind_sizes(coupling)
+    return coupling
+
+
+def _given(dims: Sequence[Dims | None], graph: Graph, value: int) -> Dims:
+    found = dims[value]
+    return fixed(graph.shape(value)) if found is None else found
+
+
+def _pin_lone_axes(coupling: Coupling) -> None:
+    on_weights = {a for v in coupling.graph.weights() for axis in coupling.dims[v.id] for a in atoms(axis)}
+    for axis in (a for dims in coupling.dims for d in dims for a in atoms(d)):
+        if axis not in on_weights:
+            pin(axis, ALONE)
+
+
+def apply_rule(op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]) -> tuple[list[Dims], OpDims, list[list[Axis]]]:
+    """The results' axes, what the op contracts and mixes, and its MACs as products of axes."""
+    if op.rule in SHAPE_RULES:
+        info = OpDims([(0, d) for d in op.attrs.get("summed", ())])
+        results = SHAPE_RULES[op.rule](operands, shapes, op.attrs)
+        info.mixes = [operands[0][d] for d in op.attrs.get("mixed", ())]
+        return results, info, []
+    rule = LINES[op.rule]
+    line = parse(rule.text(op.attrs))
+    try:
+        return _apply_line(line, rule.macs, op, operands, shapes)
+    except ValueError as error:
+        reason = f"{op.name} does not fit its rule: {error}"
+        return SHAPE_RULES["unknown"](operands, shapes, {"reason": reason}), OpDims(), []
+
+
+class _Letters:
+    """The axes bound to the letters of one line, for one op. Letters of products get their sizes from ``attrs`` or from what is left."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.bound: dict[str, Axis] = {k: Axis(v) for k, v in sizes.items()}
+        self.ellipsis: list[Axis] = []
+
+    def bind(self, dim: Dim, axis: Axis) -> None:
+        if dim is Special.FRESH:
+            pin(axis, KERNEL)
+        elif isinstance(dim, tuple):
+            if len(dim) == 1:
+                self._letter(dim[0], axis)
+            else:
+                self._product(dim, axis)
+
+    def _letter(self, letter: str, axis: Axis) -> None:
+        known = self.bound.get(letter)
+        if known is None or (find(known).size == 1 != find(axis).size):
+            self.bound[letter] = axis
+        elif find(axis).size != 1:
+            unify(known, axis)
+
+    def _product(self, dim: tuple[str, ...], axis: Axis) -> None:
+        size = find(axis).size
+        open_ = [x for x in dim if x != "~" and x not in self.bound] or (["~"] if "~" in dim else [])
+        known = math.prod(find(self.bound[x]).size for x in dim if x in self.bound)
+        if len(open_) > 1 or size % known or (not open_ and size != known):
+            raise ValueError(f"{size} does not divide into ({' '.join(dim)})")
+        if open_ and open_ != ["~"]:
+            self.bound[open_[0]] = Axis(size // known)
+        rest = Axis(size // known, KERNEL) if "~" in dim else None
+        unify(axis, product_of([rest if x == "~" and rest is not None else self.bound[x] for x in dim]))
+
+
+def _order(dim: Dim) -> int:
+    """Plain letters first: they give the sizes that a product's letters need."""
+    return len(dim) if isinstance(dim, tuple) else 0
+
+
+def _apply_line(
+    line: Line, macs: tuple[str, ...], op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]
+) -> tuple[list[Dims], OpDims, list[list[Axis]]]:
+    letters = _Letters(op.attrs.get("sizes", {}))
+    spreads = [spread(p, len(o)) if v is not None else [] for p, o, v in zip(line.operands, operands, op.inputs, strict=False)]
+    results = [spread(p, len(s)) for p, s in zip(line.results, shapes, strict=False)]
+    pairs = [(d, a) for dims, axes in zip(spreads, operands, strict=False) for d, a in zip(dims, axes, strict=True)]
+    outs = [[Axis(size) for size in shape] for shape in shapes[: len(results)]]
+    pairs += [(d, a) for dims, axes in zip(results, outs, strict=True) for d, a in zip(dims, axes, strict=True)]
+    for dim, axis in sorted(pairs, key=lambda pair: _order(pair[0])):
+        letters.bind(dim, axis)
+    _broadcast_ellipsis(spreads, operands, results, outs)
+    for letter in line.mixed & letters.bound.keys():
+        mix(letters.bound[letter])
+    info = OpDims(letters=letters.bound, mixes=[letters.bound[x] for x in sorted(line.mixed & letters.bound.keys())])
+    info.contracted = _contracted(line, spreads)
+    products = [_monomial(text, letters, spreads, operands, outs, results) for text in macs]
+    extra = [fixed(shape) for shape in shapes[len(results) :]]
+    return [*map(tuple, outs), *extra], info, products
+
+
+def _broadcast_ellipsis(spreads: list[list[Dim]], operands: list[Dims], results: list[list[Dim]], outs: list[list[Axis]]) -> None:
+    def those(dims: Sequence[Dim], axes: Sequence[Axis]) -> list[Axis]:
+        return [a for d, a in zip(dims, axes, strict=True) if d is Special.ELLIPSIS]
+
+    groups = [those(d, a) for d, a in zip([*spreads, *results], [*operands[: len(spreads)], *outs], strict=True)]
+    for group in groups:
+        for back in range(1, len(group) + 1):
+            for other in groups:
+                if len(other) >= back and find(other[-back]).size != 1 != find(group[-back]).size:
+                    unify(group[-back], other[-back])
+
+
+def _contracted(line: Line, spreads: list[list[Dim]]) -> list[tuple[int, int]]:
+    """Where a summed-away letter stands first: there a removed index is masked to take it out of the sum."""
+    seen: set[str] = set()
+    places = []
+    for k, dims in enumerate(spreads):
+        for d, dim in enumerate(dims):
+            if isinstance(dim, tuple) and (new := set(dim) & line.contracted - seen):
+                seen |= new
+                places.append((k, d))
+    return places
+
+
+def _monomial(
+    text: str, letters: _Letters, spreads: list[list[Dim]], operands: list[Dims], outs: list[list[Axis]], results: list[list[Dim]]
+) -> list[Axis]:
+    found: list[Axis] = []
+    for token in text.split():
+        if token in ("~out", "..."):
+            special = Special.FRESH if token == "~out" else Special.ELLIPSIS
+            found += [a for d, a in zip(results[0], outs[0], strict=True) if d is special]
+        elif token.startswith("~"):
+            k = int(token[1:])
+            found += [a for d, a in zip(spreads[k], operands[k], strict=True) if d is Special.FRESH]
+        else:
+            found.append(letters.bound[token])
+    return found
+
+
+def _collect_axes(coupling: Coupling) -> list[PrunableAxis]:
+    sites: dict[Axis, list[tuple[str, int]]] = defaultdict(list)
+    multiple: dict[Axis, int] = {}
+    for value in coupling.graph.weights():
+        for d, axis in enumerate(coupling.dims[value.id]):
+            for atom, cofactor in cofactors(axis):
+                if atom.size > 1 and atom.pinned != KERNEL:
+                    sites[atom].append((value.names[0], d))
+                    multiple[atom] = min(multiple.get(atom, cofactor), cofactor)
+    axes: list[PrunableAxis] = []
+    used: Counter[str] = Counter()
+    for atom, places in sites.items():
+        stem = f"{places[0][0]}:{places[0][1]}"
+        used[stem] += 1
+        name = stem if used[stem] == 1 else f"{stem}.{used[stem]}"
+        unique = tuple(dict.fromkeys(places))
+        axes.append(PrunableAxis(len(axes), name, atom.size, atom, unique, multiple[atom]))
+    return axes
+
+
+def cofactors(axis: Axis, times: int = 1) -> list[tuple[Axis, int]]:
+    """Every atom below ``axis`` with the product of the sizes it is multiplied by (heads x head dim: 64 for a head)."""
+    axis = find(axis)
+    if axis.form is Form.ATOM:
+        return [(axis, times)]
+    found = []
+    for part in axis.parts:
+        factor = times if axis.form is Form.SUM else times * axis.size // find(part).size
+        found += cofactors(part, factor)
+    return found
+
+
+def keep_mask(axis: Axis, kept: Mapping[Axis, Mask]) -> Mask:
+    """Which indices of ``axis`` stay, given those of its atoms (missing: all)."""
+    axis = find(axis)
+    if axis.form is Form.ATOM:
+        found = kept.get(axis)
+        return np.ones(axis.size, bool) if found is None else found
+    masks = [keep_mask(p, kept) for p in axis.parts]
+    if axis.form is Form.SUM:
+        return np.concatenate(masks)
+    out = masks[0]
+    for mask in masks[1:]:
+        out = np.logical_and.outer(out, mask).reshape(-1)
+    return out
+
+
+def describe(axis: Axis, names: Mapping[Axis, str]) -> str:
+    """``axis`` as text: ``8 + a0 + 8``, ``(a1 a2)``, ``3``."""
+    axis = find(axis)
+    if axis.form is Form.ATOM or axis.pinned:
+        return names.get(axis, str(axis.size))
+    parts = [describe(p, names) for p in (terms(axis) if axis.form is Form.SUM else axis.parts)]
+    if axis.form is Form.SUM:
+        return " + ".join(parts)
+    return "(" + " ".join(f"({p})" if " + " in p else p for p in parts) + ")"

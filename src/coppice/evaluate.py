@@ -1,0 +1,165 @@
+"""Exact metrics of a classifier on a part of the data, and BatchNorm statistics re-estimated for a changed one."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset
+
+from coppice.data import Batches, batches, sample_batches
+from coppice.errors import CoppiceError
+from coppice.forward import device_of, forward, inference_layout, training_mode
+from coppice.preprocess import Preprocess
+
+Progress = Callable[[int, int | None], None]  # (done, total if it is known)
+
+_Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Top-1 and top-5 accuracy in percent, mean cross-entropy, and how sure the first is."""
+
+    top1: float
+    top5: float  # top-k with k = min(5, classes)
+    loss: float
+    n: int  # images
+    per_class: tuple[float | None, ...]  # top-1 of each class's images, percent; None for a class without images
+    top1_ci95: tuple[float, float]  # Wilson's 95 % interval, percent
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[tuple[Tensor, int]] | Batches,
+    preprocess: Preprocess | None,
+    *,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+    limit: int | None = None,
+) -> Metrics:
+    """Evaluate `model`, in evaluation mode, on its own device; its training flags are given back.
+
+    `dataset` is indexed (uint8 CHW, label) if there is a `preprocess`, otherwise an iterable of (model input, labels) batches.
+    `limit` takes that many images, evenly spread over a dataset (whose images are often sorted by class), or the first of an iterable.
+    `progress` is told the images done and in all (None if that is unknown).
+    Raises CoppiceError if there are no images, a label is none of the model's outputs, or the loss is not finite.
+    """
+    device = device_of(model)
+    order, total = None, limit
+    if preprocess is not None:
+        length = len(dataset)  # type: ignore[arg-type]  # map-style datasets have a length; their base class does not declare it
+        total = length if limit is None else min(limit, length)
+        order = [index * length // total for index in range(total)]
+    tally: _Tally | None = None
+    layout = None
+    with torch.no_grad(), training_mode(model, False):
+        for x, y in batches(dataset, preprocess, batch_size=batch_size, order=order, device=device):
+            if limit is not None:
+                x, y = x[: limit - (tally.n if tally else 0)], y[: limit - (tally.n if tally else 0)]
+            layout = layout or inference_layout(model, x)
+            z = forward(model, x, precision, layout)
+            tally = tally or _Tally(z.shape[1], device)
+            tally.add(z, y)
+            if progress is not None:
+                progress(tally.n, total)
+            if tally.n == limit:
+                break
+    if tally is None:
+        raise CoppiceError("there are no images to evaluate on")
+    return tally.metrics()
+
+
+class _Tally:
+    """Counts over batches: exact, whatever the batch size."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.n = 0
+        self._loss = 0.0
+        self._top5 = 0
+        self._seen = torch.zeros(classes, dtype=torch.int64, device=device)
+        self._right = torch.zeros(classes, dtype=torch.int64, device=device)
+
+    def add(self, z: Tensor, y: Tensor) -> None:
+        classes = len(self._seen)
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+            wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
+            raise CoppiceError(f"the data has the label {wrong}, the model {classes} outputs: give the data it was trained on")
+        loss = float(F.cross_entropy(z.double(), y, reduction="sum"))
+        if not math.isfinite(loss):
+            raise CoppiceError(
+                f"the model's loss is {loss} on images {self.n} to {self.n + len(y) - 1}: its weights or inputs are not finite"
+            )
+        ranked = z.topk(min(5, classes), dim=1).indices == y[:, None]
+        self.n += len(y)
+        self._loss += loss
+        self._top5 += int(ranked.sum())
+        self._seen += torch.bincount(y, minlength=classes)
+        self._right += torch.bincount(y[ranked[:, 0]], minlength=classes)
+
+    def metrics(self) -> Metrics:
+        right = int(self._right.sum())
+        counts = zip(self._right.tolist(), self._seen.tolist(), strict=True)
+        return Metrics(
+            top1=100 * right / self.n,
+            top5=100 * self._top5 / self.n,
+            loss=self._loss / self.n,
+            n=self.n,
+            per_class=tuple(100 * hits / seen if seen else None for hits, seen in counts),
+            top1_ci95=wilson_interval(right, self.n),
+        )
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval for `right` of `n`, in percent (Wilson 1927); unlike the normal one it holds near 0 and 100 %."""
+    share, z2 = right / n, _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def reestimate_batchnorm(
+    model: nn.Module,
+    dataset: Dataset[tuple[Tensor, int]] | Batches,
+    preprocess: Preprocess | None,
+    *,
+    images: int = 2048,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> None:
+    """Replace the running statistics of every BatchNorm by averages over `images` training images, in place.
+
+    Cutting channels changes what later layers see; the statistics of the dense model no longer fit. Every batch has the same weight
+    (a cumulative average), only BatchNorm runs in training mode, and the images are drawn by `seed`.
+    Raises CoppiceError if there are fewer than two images.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    if preprocess is not None:
+        available = min(images, len(dataset))  # type: ignore[arg-type]
+        batch_size = min(batch_size, available)
+        images = available - available % max(batch_size, 1)  # whole batches, as each has the same weight
+    momenta = [norm.momentum for norm in norms]
+    seen = 0
+    with torch.no_grad(), training_mode(model, False):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative
+            norm.training = True
+        try:
+            for x, _ in sample_batches(
+                dataset, preprocess, images=images, seed=seed, purpose="batchnorm", batch_size=batch_size, device=device_of(model)
+            ):
+                if len(x) > 1:
+                    forward(model, x)
+                    seen += len(x)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if seen < 2:
+        raise CoppiceError("BatchNorm statistics need at least two training images")

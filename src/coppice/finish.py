@@ -1,0 +1,125 @@
+"""The last stage: check that what will be saved is what was measured, then write the outputs and seal them.
+
+Nothing is put in its place unless everything held. The files are made from the journal and the stored weights: being killed here costs only
+this step.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from coppice.config import dump_config
+from coppice.data import ImageData
+from coppice.errors import VerificationError
+from coppice.export import RTOL, ExportError, export_onnx
+from coppice.planning import Plan
+from coppice.report import AxisWidth, render_report
+from coppice.run import CONFIG, METRICS, MODEL, ONNX, PLAN, REPORT, Json, read_tensors, write_tensors, write_text
+from coppice.stages import Snapshot, Workbench, example_input, materialise, same_bits, test_metrics
+from coppice.torch.apply import apply, build
+from coppice.torch.verify import verify
+
+_IMAGES = 8  # real images on which the saved file and the exported one are compared
+
+
+def finish(bench: Workbench, history: Sequence[Snapshot], reached: Snapshot, met: bool, statement: str) -> None:
+    """Measure on the test split, verify, write every output, and the manifest last."""
+    assert reached.plan is not None, "a run always ends with a cut"
+    plan = Plan.from_json(reached.plan)
+    model = materialise(bench, reached)
+    dense_test, pruned_test = test_metrics(bench, history[0]), test_metrics(bench, reached)
+    checks = [*reached.checks, *(_check_whole_plan(bench, plan) if bench.run.config.steps > 1 else []), _check_saved(bench, plan, model)]
+    onnx, notes = _export(bench, model)
+    metrics: Json = {
+        "dense": {**dense_test, **history[0].cost, "val": dict(history[0].val)},
+        "pruned": {**pruned_test, **reached.cost, "val": dict(reached.val)},
+        "target": {**bench.run.config.target.to_dict(), "max_drop": bench.run.config.max_drop},
+        "drop": {"val": history[0].top1 - reached.top1, "test": dense_test["top1"] - pruned_test["top1"]},
+        "met": met,
+        "verified": True,  # what fails a check raises, and nothing is saved
+        "statement": statement,
+        "verification": {"checks": checks + onnx, "max_error": reached.max_error},
+        "history": [_step(bench, snapshot) for snapshot in history],
+        "classes": _classes(bench, len(dense_test["per_class"])),
+        "input": [1, *example_input(bench.data).shape[1:]],
+        "notes": notes,
+        "seconds": round(sum(bench.run.seconds().values()), 1),
+    }
+    _write(bench, plan, metrics)
+    bench.run.finish()
+
+
+def _check_whole_plan(bench: Workbench, plan: Plan) -> list[str]:
+    """Several cuts were verified one by one; their sum is verified once more against the dense model."""
+    with bench.progress.bar("verifying the whole plan against the dense model"):
+        found = verify(bench.dense, apply(bench.dense, plan), bench.coupling, plan)
+    return [f"all cuts as one: {line}" for line in found.checked]
+
+
+def _check_saved(bench: Workbench, plan: Plan, model: nn.Module) -> str:
+    """Save, load into a fresh model, and compare: weights bit by bit, and the outputs on real images."""
+    path = bench.run.path / MODEL
+    candidate = bench.run.state_path("final")
+    write_tensors(candidate, model.state_dict())
+    again = build(copy.deepcopy(bench.dense), plan, read_tensors(candidate)).eval()
+    images = example_input(bench.data, _IMAGES)
+    with torch.no_grad():
+        same = same_bits(model.state_dict(), again.state_dict()) and same_bits({"": model(images)}, {"": again(images)})
+    if not same:
+        raise VerificationError(f"{path.name} loaded again is not the model that was saved: a module keeps state outside its state dict")
+    candidate.replace(path)
+    return f"saved and loaded again: the same bits, weights and outputs on {len(images)} images"
+
+
+def _export(bench: Workbench, model: nn.Module) -> tuple[list[str], list[str]]:
+    """The check's line and the notes; a model that the exporter can't write is a note, a wrong file is an error."""
+    path = bench.run.path / ONNX
+    images = _some_images(bench)
+    with bench.progress.bar("exporting to ONNX and comparing"):
+        try:
+            check = export_onnx(model, images, path)
+        except ExportError as error:
+            path.unlink(missing_ok=True)
+            return [], [f"There is no {ONNX}: {error}."]
+    within = f"within {check.error:.1e} of the largest output (allowed {RTOL:g})"
+    return [f"ONNX Runtime equals PyTorch {within}, {check.images} images in batches of {', '.join(map(str, check.batches))}"], []
+
+
+def _some_images(bench: Workbench) -> torch.Tensor:
+    """At least four images: real ones, repeated if there are fewer."""
+    images = example_input(bench.data, _IMAGES)
+    return images if len(images) >= 4 else images.repeat(4, 1, 1, 1)
+
+
+def _step(bench: Workbench, snapshot: Snapshot) -> Json:
+    return {
+        "stage": snapshot.stage,
+        **snapshot.cost,
+        "epochs": snapshot.epochs,
+        "val_top1": snapshot.top1,
+        "seconds": bench.run.seconds().get(snapshot.stage, 0.0),
+    }
+
+
+def _classes(bench: Workbench, count: int) -> list[str]:
+    return list(bench.data.classes) if isinstance(bench.data, ImageData) else [str(k) for k in range(count)]
+
+
+def _write(bench: Workbench, plan: Plan, metrics: Json) -> None:
+    folder, config = bench.run.path, bench.run.config
+    write_text(folder / PLAN, plan.to_json() + "\n")
+    write_text(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
+    name = config.model.rpartition(":")[2] or type(bench.dense).__name__
+    page = render_report(
+        title=f"{name}, {metrics['pruned']['macs'] / metrics['dense']['macs']:.3f} of the MACs",
+        metrics=metrics,
+        widths=[AxisWidth(axis.name, axis.width, len(axis.keep)) for axis in plan.axes],
+        pins=bench.coupling.pins,
+        config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else dump_config(config),
+    )
+    write_text(folder / REPORT, page)

@@ -1,0 +1,272 @@
+"""The loop around the stages: cut, repair and fine-tune again until the target and the floor on accuracy both hold, or say which can't.
+
+Every decision is taken on the validation split. `prune` runs it on a module and data of your own, `prune_run` on a configuration; it is the
+same loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coppice.allocate import plan as make_plan
+from coppice.config import RunConfig
+from coppice.cost import Cost
+from coppice.coupling import couple
+from coppice.data import ImageData, Loaders, check_classes, load_data
+from coppice.errors import CoppiceError
+from coppice.finish import finish
+from coppice.forward import logits
+from coppice.models import load_model
+from coppice.planning import Plan
+from coppice.progress import Progress, Silent
+from coppice.run import METRICS, PLAN, Json, Run, check_manifest, create_run, load, read_json, resume_run
+from coppice.saliency import score
+from coppice.seeding import seeded
+from coppice.stages import Data, Snapshot, TrainFunction, Workbench, cut, dense_snapshot, example_input, threads, tune
+from coppice.targets import Target, humanise, parse_target
+from coppice.torch.capture import capture
+
+_SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with. `metrics` as in metrics.json; `path` is None if no folder was asked for."""
+
+    model: nn.Module
+    plan: Plan
+    metrics: Json
+    path: Path | None
+
+    @property
+    def met(self) -> bool:
+        """Whether the target and the floor hold."""
+        return bool(self.metrics["met"])
+
+    @property
+    def statement(self) -> str:
+        """One sentence: what holds, what does not, and by how much."""
+        return str(self.metrics["statement"])
+
+
+def prune(
+    model: nn.Module,
+    data: Data | tuple[Iterable[Any], Iterable[Any], Iterable[Any]],
+    target: str | Mapping[str, str | float] | Target = Target(),
+    *,
+    max_drop: float | None = None,
+    out: str | Path | None = None,
+    train: TrainFunction | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """Prune a trained classifier; `model` is left as it is.
+
+    data: `load_data(...)`, or your own loaders (train, val, test), each yielding (float inputs NCHW, int64 labels).
+    target: `"macs=0.5"`, `{"macs": 0.5, "params": "2.0M"}`; empty with `max_drop` set: the smallest model that holds it.
+    max_drop: points of top-1 on validation that may be lost.
+    train: your own training, called as `train(model, epochs)`, in place of the recipe.
+    out: a folder for the run (see `coppice.run`); a run that was interrupted there goes on. Without it nothing is kept on disk.
+    settings: the other fields of `RunConfig`: criterion, allocation, round_to, steps, recipe, seed, ...
+    Raises CoppiceError for a target that can't be reached, bad settings or unusable data; VerificationError if the pruned model is wrong.
+    """
+    target = parse_target(target) if target else Target()
+    config = RunConfig(target=target, max_drop=max_drop, **settings).absolute()
+    images = data if isinstance(data, ImageData | Loaders) else Loaders(*data)
+    dense = copy.deepcopy(model).eval()
+    with ExitStack() as stack:
+        stack.enter_context(threads(config.threads))
+        path = Path(out) if out else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coppice-")))
+        _check_feasible(dense, images, config)
+        run = stack.enter_context(create_run(path, config))
+        result = _work(dense, images, run, train, progress or Silent())
+    return result if out else replace(result, path=None)
+
+
+def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> Result:
+    """Prune what the configuration names into the folder `out`. Bad input is found before the folder is made."""
+    config = config.absolute()
+    with threads(config.threads):
+        dense, data = open_inputs(config)
+        _check_feasible(dense, data, config)
+        with create_run(out, config) as run:
+            return _work(dense, data, run, None, progress)
+
+
+def resume(out: Path, *, progress: Progress) -> Result:
+    """Go on with a run from where it stopped; a finished one is only read."""
+    with resume_run(out) as run, threads(run.config.threads):
+        if not run.config.model:
+            raise CoppiceError(f"--resume {out}: the run was started from Python, call coppice.prune again with out={str(out)!r}")
+        dense, data = open_inputs(run.config)
+        return _work(dense, data, run, None, progress)
+
+
+def open_inputs(config: RunConfig) -> tuple[nn.Module, ImageData]:
+    """The dense model and the data of a configuration."""
+    with seeded(config.seed, "model"):  # a model without weights must come out the same when the run is resumed
+        model = load_model(config.model, Path(config.weights) if config.weights else None, config.num_classes or None)
+    data = load_data(
+        config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits
+    )
+    return model.eval(), data
+
+
+def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
+    """Find bad input while nothing has been written: classes, shapes, a target that no cut can reach."""
+    if not config.target and config.max_drop is None:
+        raise CoppiceError("nothing to reach: give --target, for example macs=0.5, or --max-drop, or both")
+    example = example_input(data)
+    if config.input and tuple(config.input[1:]) != tuple(example.shape[1:]):
+        raise CoppiceError(f"--input {config.input} does not fit the data, whose images are {tuple(example.shape[1:])} after preprocessing")
+    if isinstance(data, ImageData):
+        check_classes(data, count_outputs(dense, data))
+    coupling = couple(capture(dense, (example,)))
+    if config.target:
+        budgets = config.target.resolve(coupling.cost())
+        control = score(dense, coupling, "random", None, None, config.seed)  # reaching a budget depends on widths, not on what is kept
+        make_plan(coupling, control, budgets, allocation=config.allocation, round_to=config.round_to, min_width=config.min_width)
+
+
+def count_outputs(dense: nn.Module, data: Data) -> int:
+    """How many classes the model tells apart. Raises CoppiceError if it can't run on the data's images."""
+    with torch.no_grad():
+        try:
+            output = dense(example_input(data))
+        except RuntimeError as error:
+            shape = tuple(example_input(data).shape)
+            raise CoppiceError(f"the model can't run on the data's images {shape}: {str(error).splitlines()[0]}") from error
+    return logits(output).shape[1]
+
+
+def _work(dense: nn.Module, data: Data, run: Run, train: TrainFunction | None, progress: Progress) -> Result:
+    if run.complete:
+        check_manifest(run.path)
+        progress.say(f"{run.path} is finished already")
+    else:
+        coupling = couple(capture(dense, (example_input(data),)))
+        bench = Workbench(dense, data, coupling, coupling.cost(), run, progress, train)
+        history = [dense_snapshot(bench)]
+        progress.say(f"dense: {humanise(bench.cost.macs, 'macs')} MACs, validation top-1 {history[0].top1:.2f} %")
+        reached = _towards_target(bench, history) if run.config.target else _smallest(bench, history)
+        finish(bench, history, reached, *_verdict(bench, history[0], reached))
+    plan = Plan.from_json((run.path / PLAN).read_text(encoding="utf-8"))
+    return Result(load(run.path, copy.deepcopy(dense)), plan, read_json(run.path / METRICS), run.path)
+
+
+def _towards_target(bench: Workbench, history: list[Snapshot]) -> Snapshot:
+    """Cut to the target, then fine-tune again for as long as the floor is not held and it helps."""
+    config = bench.run.config
+    return _approach(bench, "", history, config.target.resolve(bench.cost), config.steps, config.recipe.epochs, config.rounds)
+
+
+def _approach(
+    bench: Workbench, prefix: str, history: list[Snapshot], budgets: Mapping[str, float], steps: int, epochs: int, rounds: int
+) -> Snapshot:
+    """From the dense model to `budgets` in `steps` cuts, with most of the epochs after the last one."""
+    dense = now = history[0]
+    between = epochs // (steps + 1)
+    for step in range(1, steps + 1):
+        now = _noted(bench, history, cut(bench, f"{prefix}cut {step}", now, interpolate(budgets, bench.cost, step / steps)))
+        spent = between if step < steps else epochs - between * (steps - 1)
+        now = _noted(bench, history, tune(bench, f"{prefix}tuned {step}", now, spent))
+    for again in range(2, rounds + 1):
+        if _holds_floor(bench, dense, now) or epochs == 0:
+            break
+        longer = _noted(bench, history, tune(bench, f"{prefix}tuned {steps}, round {again}", now, epochs))
+        if longer.top1 <= now.top1:
+            break
+        now = longer
+    return now
+
+
+def _smallest(bench: Workbench, history: list[Snapshot]) -> Snapshot:
+    """Bisect the fraction of MACs for the smallest model that holds the floor; short trials, then one in full.
+
+    A trial is fine-tuned for a third of the epochs, so what it holds the full run should hold; if not, the next larger trial is taken.
+    """
+    config = bench.run.config
+    short = max(1, config.recipe.epochs // 3) if config.recipe.epochs else 0
+    low, high = 0.0, 1.0
+    held: list[float] = []
+    for trial in range(1, config.trials + 1):
+        middle = (low + high) / 2
+        if _trial_holds(bench, f"trial {trial}, ", history, middle, short):
+            held.append(middle)
+            high = middle
+        else:
+            low = middle
+    candidates = sorted(held) or [high if high < 1 else low]
+    for fraction in candidates:
+        prefix = f"{fraction:.3g} of MACs, "
+        reached = _approach(bench, prefix, history, {"macs": fraction * bench.cost.macs}, config.steps, config.recipe.epochs, config.rounds)
+        if _holds_floor(bench, history[0], reached):
+            break
+    return reached
+
+
+def _trial_holds(bench: Workbench, prefix: str, history: list[Snapshot], fraction: float, epochs: int) -> bool:
+    config = bench.run.config
+    budgets = {"macs": fraction * bench.cost.macs}
+    control = score(bench.dense, bench.coupling, "random", None, None, config.seed)
+    try:
+        make_plan(bench.coupling, control, budgets, allocation=config.allocation, round_to=config.round_to, min_width=config.min_width)
+    except CoppiceError:  # below the smallest width that the grid allows
+        return False
+    reached = _approach(bench, prefix, history, budgets, 1, epochs, 1)
+    return _holds_floor(bench, history[0], reached)
+
+
+def interpolate(budgets: Mapping[str, float], dense: Cost, part: float) -> dict[str, float]:
+    """Budgets `part` of the way (0 to 1) from the dense cost to `budgets`, geometrically: every cut takes the same share."""
+    return {key: getattr(dense, key) * (budget / getattr(dense, key)) ** part for key, budget in budgets.items()}
+
+
+def _noted(bench: Workbench, history: list[Snapshot], snapshot: Snapshot) -> Snapshot:
+    if snapshot is not history[-1]:
+        history.append(snapshot)
+        share = snapshot.cost["macs"] / bench.cost.macs
+        bench.progress.say(f"{snapshot.stage}: {share:.3f} of the MACs, validation top-1 {snapshot.top1:.2f} %")
+    return snapshot
+
+
+def _holds_floor(bench: Workbench, dense: Snapshot, now: Snapshot) -> bool:
+    limit = bench.run.config.max_drop
+    return limit is None or dense.top1 - now.top1 <= limit + _SLACK
+
+
+def _verdict(bench: Workbench, dense: Snapshot, reached: Snapshot) -> tuple[bool, str]:
+    """Whether everything holds, and one sentence that says so or names what does not and how close it came."""
+    config = bench.run.config
+    parts, met = [], True
+    for key, budget in config.target.resolve(bench.cost).items():
+        holds = reached.cost[key] <= budget
+        parts.append(f"{_share(bench, reached, key)} ({'within' if holds else 'over'} the target of {humanise(budget, key)})")
+        met &= holds
+    if not config.target:
+        parts.append(_share(bench, reached, "macs"))
+    drop = dense.top1 - reached.top1
+    moved = f"validation top-1 {'down' if drop >= 0 else 'up'} {abs(drop):.2f} points"
+    if config.max_drop is not None:
+        holds = _holds_floor(bench, dense, reached)
+        moved += f" ({'within' if holds else 'over'} the limit of {config.max_drop:g})"
+        met &= holds
+    said = f"{', '.join([*parts, moved])}"
+    return met, said + (
+        "." if met else ": the floor on accuracy does not hold at this size; try more epochs, more steps, or a milder target."
+    )
+
+
+def _share(bench: Workbench, reached: Snapshot, key: str) -> str:
+    dense = getattr(bench.cost, key)
+    label = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}[key]
+    return f"{label} {humanise(dense, key)} → {humanise(reached.cost[key], key)} (× {reached.cost[key] / dense:.3f})"

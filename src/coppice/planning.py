@@ -1,0 +1,179 @@
+"""The plan: which indices of which axis stay. The one artefact between deciding and editing; plain JSON.
+
+A plan is complete by itself: for every tensor that changes it has an expression a dim over the axes (``"8 + a0 + 8"``: a fixed part, axis
+``a0``, a fixed part; ``"(a1 a2)"``: a product, major first), and for every module attribute that holds a width its new value. So it is applied,
+and a pruned model is rebuilt from it, without looking at the model's structure again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from coppice.axes import atoms, find
+from coppice.cost import width
+from coppice.coupling import Coupling, Mask, describe
+from coppice.errors import CoppiceError
+from coppice.graph import Kind
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedAxis:
+    """An axis of the dense model, named after the first parameter and dim that it lies on, and the indices of it that stay."""
+
+    name: str
+    width: int
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``axes[k]`` is ``a{k}`` in the expressions of ``tensors``; ``attributes`` are new values by module path and attribute."""
+
+    axes: tuple[PlannedAxis, ...]
+    tensors: Mapping[str, tuple[str, ...]]
+    attributes: Mapping[str, Mapping[str, int | list[int]]]
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "axes": [{"name": a.name, "width": a.width, "keep": list(a.keep)} for a in self.axes],
+                "tensors": {name: list(dims) for name, dims in self.tensors.items()},
+                "attributes": {path: dict(values) for path, values in self.attributes.items()},
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back. CoppiceError where the text is no plan, or names indices outside their axis."""
+        try:
+            raw = json.loads(text)
+            axes = tuple(PlannedAxis(str(a["name"]), int(a["width"]), tuple(map(int, a["keep"]))) for a in raw["axes"])
+            tensors = {str(name): tuple(map(str, dims)) for name, dims in raw["tensors"].items()}
+            attributes = {str(p): {str(k): _size(v) for k, v in values.items()} for p, values in raw["attributes"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CoppiceError(f"not a pruning plan ({type(error).__name__}: {error}); give a plan.json that coppice wrote") from None
+        if raw.get("format") != FORMAT:
+            raise CoppiceError(f"the plan has format {raw.get('format')!r}, this version reads {FORMAT}; use the coppice version that wrote it")
+        for axis in axes:
+            if sorted(set(axis.keep)) != list(axis.keep) or not axis.keep or axis.keep[0] < 0 or axis.keep[-1] >= axis.width:
+                raise CoppiceError(f"the plan's axis {axis.name} keeps indices that are not increasing within 0..{axis.width - 1}")
+        return cls(axes, tensors, attributes)
+
+    def masks(self, name: str) -> list[Mask]:
+        """Which indices of each dim of the tensor ``name`` stay."""
+        return [_read(expression, self.axes, name) for expression in self.tensors[name]]
+
+    def changed(self) -> dict[str, list[Mask]]:
+        """The masks of every tensor that loses something."""
+        masks = {name: self.masks(name) for name in self.tensors}
+        return {name: found for name, found in masks.items() if not all(m.all() for m in found)}
+
+
+def _size(value: object) -> int | list[int]:
+    if isinstance(value, list):
+        return [int(v) for v in value]
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def make_plan(coupling: Coupling, keep: Mapping[int, Mask]) -> Plan:
+    """The plan that keeps ``keep[axis id]`` (a mask; missing: everything)."""
+    prunable = coupling.prunable
+    names = {axis.atom: f"a{k}" for k, axis in enumerate(prunable)}
+    full = {a.id: keep.get(a.id, np.ones(a.width, bool)) for a in prunable}
+    axes = tuple(PlannedAxis(a.name, a.width, tuple(np.flatnonzero(full[a.id]).tolist())) for a in prunable)
+    tensors = {
+        name: tuple(describe(axis, names) for axis in coupling.dims[value.id])
+        for value in coupling.graph.weights()
+        if any(atom in names for axis in coupling.dims[value.id] for atom in atoms(axis))
+        for name in value.names
+        if value.kind in (Kind.PARAMETER, Kind.BUFFER)
+    }
+    return Plan(axes, tensors, _attributes(coupling, {a.atom: int(full[a.id].sum()) for a in prunable}))
+
+
+def _attributes(coupling: Coupling, widths: Mapping[object, int]) -> dict[str, dict[str, int | list[int]]]:
+    found: dict[str, dict[str, int | list[int]]] = {}
+    for (path, attribute, index), axis in coupling.bindings.items():
+        size = width(find(axis), widths)  # type: ignore[arg-type]
+        if index is None:
+            found.setdefault(path, {})[attribute] = size
+        else:
+            values = found.setdefault(path, {}).setdefault(attribute, list(coupling.sequences[path, attribute]))
+            assert isinstance(values, list)
+            values[index] = size
+    return found
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """The plan that does ``first`` and then ``second`` (made on the model that ``first`` gave), in terms of the dense model."""
+    later = {axis.name: axis for axis in second.axes}
+    axes = []
+    for axis in first.axes:
+        again = later.pop(axis.name, None)
+        if again is None:
+            axes.append(axis)
+        elif again.width != len(axis.keep):
+            raise CoppiceError(f"two cuts don't fit together on axis {axis.name}: {len(axis.keep)} indices kept, then {again.width} expected")
+        else:
+            axes.append(PlannedAxis(axis.name, axis.width, tuple(axis.keep[k] for k in again.keep)))
+    if any(len(axis.keep) < axis.width for axis in later.values()):
+        raise CoppiceError(f"a later cut found an axis that the first cut does not know: {next(iter(later))}")
+    attributes = {path: dict(values) for path, values in first.attributes.items()}
+    for path, values in second.attributes.items():
+        attributes.setdefault(path, {}).update(values)
+    return Plan(tuple(axes), first.tensors, attributes)
+
+
+_TOKENS = re.compile(r"\(|\)|\+|a\d+|\d+")
+
+
+def _read(expression: str, axes: tuple[PlannedAxis, ...], name: str) -> Mask:
+    tokens = _TOKENS.findall(expression)[::-1]
+    try:
+        mask = _sequence(tokens, axes)
+        if tokens or not expression:
+            raise ValueError
+    except (ValueError, IndexError):
+        raise CoppiceError(f"the plan's expression {expression!r} for {name} can't be read") from None
+    return mask
+
+
+def _sequence(tokens: list[str], axes: tuple[PlannedAxis, ...]) -> Mask:
+    """Items up to a closing bracket: with ``+`` between them a sum, else a product."""
+    masks = [_item(tokens, axes)]
+    summed = bool(tokens) and tokens[-1] == "+"
+    while tokens and tokens[-1] != ")":
+        if summed:
+            if tokens.pop() != "+":
+                raise ValueError
+        masks.append(_item(tokens, axes))
+    if summed:
+        return np.concatenate(masks)
+    out = masks[0]
+    for mask in masks[1:]:
+        out = np.logical_and.outer(out, mask).reshape(-1)
+    return out
+
+
+def _item(tokens: list[str], axes: tuple[PlannedAxis, ...]) -> Mask:
+    token = tokens.pop()
+    if token == "(":
+        mask = _sequence(tokens, axes)
+        if tokens.pop() != ")":
+            raise ValueError
+        return mask
+    if token.startswith("a"):
+        axis = axes[int(token[1:])]
+        mask = np.zeros(axis.width, bool)
+        mask[list(axis.keep)] = True
+        return mask
+    return np.ones(int(token), bool)

@@ -1,0 +1,79 @@
+"""How to fine-tune: the settings of `train.fine_tune`, checked when they are made."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coppice.errors import CoppiceError
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "onecycle")
+AUGMENTATIONS = ("light", "crop", "none")
+PRECISIONS = ("fp32", "bf16")
+_LR_AT_128 = {"sgd": 0.05, "adamw": 5e-4}  # for a trained network that is to recover, not for training from scratch
+_WARMUP = {"cosine": 0.05, "onecycle": 0.3}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a fine-tune. Raises CoppiceError for a value out of its range."""
+
+    epochs: int = 3
+    optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw"
+    lr: float | None = None  # the highest learning rate; None: by optimiser, in proportion to the batch size
+    momentum: float = 0.9  # of SGD; AdamW's first beta
+    weight_decay: float = 5e-4  # not on biases and normalisation parameters
+    batch_size: int = 128
+    schedule: str = "cosine"  # linear warm-up, then half a cosine to zero; or "onecycle": up from and down to a fraction
+    warmup: float | None = None  # share of all steps; None: 0.05 for cosine, 0.3 for onecycle
+    label_smoothing: float = 0.0
+    distill: float = 0.0  # weight of the dense model's predictions in the loss, 0 to 1
+    temperature: float = 4.0  # softens both distributions for distillation
+    precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto": whichever is faster on this machine
+    augment: str = "light"  # "light": crop and mirror; "crop": where left and right matter; "none"
+    crop_pad: int | None = None  # pixels of shift; None: an eighth of a small image, a rescaled crop of a large one
+    grad_clip: float | None = None  # largest norm of the gradient
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("precision", self.precision, ("auto", *PRECISIONS))
+        _one_of("augment", self.augment, AUGMENTATIONS)
+        _within("epochs", self.epochs, 0, math.inf)
+        _within("batch_size", self.batch_size, 2, math.inf)
+        _within("momentum", self.momentum, 0, 0.9999)
+        _within("weight_decay", self.weight_decay, 0, 1)
+        _within("label_smoothing", self.label_smoothing, 0, 0.9999)
+        _within("distill", self.distill, 0, 1)
+        _within("temperature", self.temperature, 0.01, 1000)
+        for name, value, high in (("lr", self.lr, 1e3), ("warmup", self.warmup, 0.9999), ("grad_clip", self.grad_clip, math.inf)):
+            if value is not None:
+                _within(name, value, 0, high)
+        if self.crop_pad is not None:
+            _within("crop_pad", self.crop_pad, 0, math.inf)
+
+    def peak_lr(self) -> float:
+        """The highest learning rate of the schedule."""
+        return _LR_AT_128[self.optimizer] * self.batch_size / 128 if self.lr is None else self.lr
+
+    def lr_at(self, step: int, total: int) -> float:
+        """The learning rate of `step` (from 0) of `total`: a function of the step alone, so that there is no schedule to restore."""
+        warmup = _WARMUP[self.schedule] if self.warmup is None else self.warmup
+        rising = round(warmup * total)
+        # Both ends of one-cycle as in Smith and Topin, "Super-Convergence" (2019), with PyTorch's factors.
+        start, end = (1 / 25, 1 / 25e4) if self.schedule == "onecycle" else (0.0, 0.0)
+        if step < rising:
+            share = (step + 1) / (rising + 1)
+            return self.peak_lr() * (start + (1 - start) * share)
+        fallen = (step - rising) / max(1, total - rising)
+        return self.peak_lr() * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise CoppiceError(f"there is no {name} {value!r}: choose one of {', '.join(allowed)}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise CoppiceError(f"{name} is {value}: it must be {f'at least {low}' if high == math.inf else f'between {low} and {high}'}")

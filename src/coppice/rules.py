@@ -1,0 +1,60 @@
+"""The op table: what every op does to the dims of its operands, one line an op.
+
+``LINES`` holds the rules that the notation can say (see ``coppice.notation``); ``SHAPE_RULES`` names the few that need sizes
+or positions and are functions in ``coppice.movement``. Coupling, surgery, cost and the oracle all read these lines, so they can't
+disagree. An op with no rule is pinned: nobody assumes that an op they don't know is element-wise.
+
+A front-end maps its own ops to these names (for PyTorch: ``coppice.torch.aten``). To add a rule, see ``docs/add-an-op-rule.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A line of notation; ``macs`` are products of letters to sum up, ``~k`` for operand k's uncut dims and ``~out`` for the result's."""
+
+    line: str | Callable[[dict[str, Any]], str]
+    macs: tuple[str, ...] = ()
+
+    def text(self, attrs: dict[str, Any]) -> str:
+        return self.line if isinstance(self.line, str) else self.line(attrs)
+
+
+def _layer_norm(attrs: dict[str, Any]) -> str:
+    """Normalisation over the last ``dims`` dims, as one pattern."""
+    letters = [f"c{k}" for k in range(attrs["dims"])]
+    weight = " ".join(letters)
+    return f"... {' '.join(f'{c}!' for c in letters)}, {weight}, {weight} -> ... {weight}"
+
+
+def _attention(attrs: dict[str, Any]) -> str:
+    """With no scale given, the op scales by the head dim's width itself: it mixes it."""
+    depth = "d" if attrs.get("scaled") else "d!"
+    return f"... q {depth}, ... k {depth}, ... k! v, ... q k -> ... q v"
+
+
+LINES: dict[str, Rule] = {
+    "conv": Rule("n (g i) ~..., (g o) i ~..., (g o) -> n (g o) ~...", macs=("n g o i ~1 ~out",)),
+    "conv_transpose": Rule("n (g i) ~..., (g i) o ~..., (g o) -> n (g o) ~...", macs=("n g i o ~0 ~1",)),
+    "mm": Rule("a b, b c, ... c -> a c", macs=("a b c",)),
+    "bmm": Rule("n a b, n b c, n a c -> n a c", macs=("n a b c",)),
+    "batch_norm": Rule("n c ..., c, c, c, c -> n c ..."),
+    "layer_norm": Rule(_layer_norm),
+    "group_norm": Rule("n (g c!) ..., (g c), (g c) -> n (g c) ..."),
+    "attention": Rule(_attention, macs=("... q k d", "... q k v")),
+    "pixel_shuffle": Rule("... (c ~) ~ ~ -> ... c ~ ~"),
+    "pixel_unshuffle": Rule("... c ~ ~ -> ... (c ~) ~ ~"),
+    "im2col": Rule("n c ~ ~ -> n (c ~) ~"),
+    "col2im": Rule("n (c ~) ~ -> n c ~ ~"),
+    "embedding": Rule("~ c, ... -> ... c"),
+    "spatial1d": Rule("... ~ -> ... ~"),
+    "spatial2d": Rule("... ~ ~ -> ... ~ ~"),
+    "spatial3d": Rule("... ~ ~ ~ -> ... ~ ~ ~"),
+    "grid_sample": Rule("n c ~..., ~... -> n c ~..."),
+    "roi_align": Rule("~ c ~ ~, ~... -> ~ c ~ ~"),
+}

@@ -1,0 +1,125 @@
+"""Criteria: how much each element of a parameter matters, and what that says of each index of an axis.
+
+A criterion is a small pure function of a parameter and (for some) its gradient on one batch; it answers a saliency an element, not
+negative. The score of an index is the sum over every element that goes with it: in every filter, norm and consumer that the axis lies on.
+To add a criterion, write one function and one line of ``CRITERIA`` (``docs/add-a-criterion.md``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coppice.axes import Axis, Form, find
+from coppice.coupling import Coupling
+from coppice.errors import CoppiceError
+from coppice.graph import Kind
+
+Array = NDArray[Any]
+Scores = dict[int, Array]
+
+
+def l1(weight: Array, gradient: Array | None) -> Array:
+    """|w|. Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017."""
+    return np.abs(weight)
+
+
+def l2(weight: Array, gradient: Array | None) -> Array:
+    """w^2, so that a sum over a filter is its squared L2 norm. He et al., Soft Filter Pruning, IJCAI 2018."""
+    return np.square(weight)
+
+
+def gradient(weight: Array, gradient: Array | None) -> Array:
+    """|dL/dw|: gradient magnitude."""
+    assert gradient is not None
+    return np.abs(gradient)
+
+
+def taylor(weight: Array, gradient: Array | None) -> Array:
+    """(w dL/dw)^2, first-order Taylor. Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8."""
+    assert gradient is not None
+    return np.square(weight * gradient)
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """``element`` is None for the random control. ``per_axis``: scores are divided by their axis's mean, for a criterion with no common unit."""
+
+    element: Callable[[Array, Array | None], Array] | None
+    needs_gradient: bool
+    per_axis: bool
+
+
+CRITERIA: dict[str, Criterion] = {
+    "l1": Criterion(l1, needs_gradient=False, per_axis=True),
+    "l2": Criterion(l2, needs_gradient=False, per_axis=True),
+    "gradient": Criterion(gradient, needs_gradient=True, per_axis=True),
+    "taylor": Criterion(taylor, needs_gradient=True, per_axis=False),
+    "random": Criterion(None, needs_gradient=False, per_axis=True),
+}
+
+
+def score(
+    model: Any, coupling: Coupling, criterion: str = "l1", batches: Iterable[Any] | None = None, loss: Callable[..., Any] | None = None, seed: int = 0
+) -> Scores:
+    """The score of every index of every prunable axis: axis id -> array of the axis's width; low means it can go.
+
+    ``batches`` of ``(inputs, targets)`` and ``loss(outputs, targets)`` are for criteria that need gradients: their element saliency is
+    averaged over the batches. ``seed`` is for ``random``. CoppiceError for an unknown criterion, missing batches, or a NaN.
+    """
+    if criterion not in CRITERIA:
+        raise CoppiceError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
+    chosen = CRITERIA[criterion]
+    if chosen.element is None:
+        rng = np.random.default_rng(seed)
+        return {axis.id: rng.random(axis.width) for axis in coupling.prunable}
+    if chosen.needs_gradient:
+        if batches is None:
+            raise CoppiceError(f"the criterion {criterion!r} needs calibration batches; give batches of (inputs, targets)")
+        elements = coupling.graph.origin.mean_over_batches(model, chosen.element, batches, loss)
+    else:
+        elements = {name: chosen.element(weight, None) for name, weight in coupling.graph.origin.parameters(model).items()}
+    scores = per_index(coupling, elements)
+    for axis in coupling.prunable:
+        if not np.isfinite(scores[axis.id]).all():
+            raise CoppiceError(f"the {criterion} scores of {axis.name} are not finite; look for NaN or infinite weights or losses")
+    return _by_axis_mean(scores) if chosen.per_axis else scores
+
+
+def per_index(coupling: Coupling, elements: Mapping[str, Array]) -> Scores:
+    """Sum element saliencies (parameter name -> array of its shape) over everything that each index of each prunable axis touches."""
+    ids = {axis.atom: axis.id for axis in coupling.prunable}
+    scores: Scores = {axis.id: np.zeros(axis.width) for axis in coupling.prunable}
+    for value in coupling.graph.weights():
+        array = elements.get(value.names[0]) if value.kind is Kind.PARAMETER else None
+        if array is None:
+            continue
+        for dim, axis in enumerate(coupling.dims[value.id]):
+            if find(axis).pinned is None:
+                others = tuple(k for k in range(array.ndim) if k != dim)
+                _share_out(axis, array.sum(axis=others, dtype=np.float64), ids, scores)
+    return scores
+
+
+def _share_out(axis: Axis, sums: Array, ids: Mapping[Axis, int], scores: Scores) -> None:
+    """Add the per-index sums of a dim to the atoms below its axis."""
+    axis = find(axis)
+    if axis.form is Form.ATOM:
+        if axis in ids:
+            scores[ids[axis]] += sums
+    elif axis.form is Form.SUM:
+        ends = np.cumsum([find(p).size for p in axis.parts])
+        for part, piece in zip(axis.parts, np.split(sums, ends[:-1]), strict=True):
+            _share_out(part, piece, ids, scores)
+    else:
+        grid = sums.reshape([find(p).size for p in axis.parts])
+        for k, part in enumerate(axis.parts):
+            _share_out(part, grid.sum(axis=tuple(j for j in range(grid.ndim) if j != k)), ids, scores)
+
+
+def _by_axis_mean(scores: Scores) -> Scores:
+    return {k: s / mean if (mean := s.mean()) > 0 else s for k, s in scores.items()}

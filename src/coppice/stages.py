@@ -1,0 +1,230 @@
+"""What one stage of the loop does: measure the dense model, cut, fine-tune, seal the outputs.
+
+Each stage begins from what the stages before it left on disk and ends by writing what the next one needs; see `coppice.run`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coppice.allocate import plan as make_plan
+from coppice.cost import Cost
+from coppice.coupling import Coupling, couple
+from coppice.data import ImageData, Loaders, batches, sample_batches
+from coppice.errors import CoppiceError
+from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
+from coppice.planning import Plan, compose
+from coppice.progress import Progress
+from coppice.run import Json, Run
+from coppice.saliency import score
+from coppice.torch.apply import apply, build
+from coppice.torch.capture import capture
+from coppice.torch.verify import verify
+from coppice.train import EpochResult, fine_tune, pick_precision
+
+Data = ImageData | Loaders
+TrainFunction = Callable[[nn.Module, int], None]
+"""A user's own training: (model, epochs) -> None, in place."""
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What every stage works with. `dense` stays as it is; `coupling` is the dense model's."""
+
+    dense: nn.Module
+    data: Data
+    coupling: Coupling
+    cost: Cost
+    run: Run
+    progress: Progress
+    train: TrainFunction | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model on the way: a plan against the dense model (None: the dense model itself), its stored weights, what it costs and reaches.
+
+    `checks` and `max_error` are those of every cut that led here.
+    """
+
+    stage: str
+    plan: str | None
+    state: Mapping[str, str] | None
+    cost: Mapping[str, int]
+    val: Mapping[str, Any]
+    epochs: int = 0
+    checks: Sequence[str] = ()
+    max_error: float = 0.0
+
+    @property
+    def top1(self) -> float:
+        """Percent, on the validation split."""
+        return float(self.val["top1"])
+
+
+def preprocessing(data: Data) -> Any:
+    """None for a user's own loaders: their batches are model inputs already."""
+    return data.preprocess if isinstance(data, ImageData) else None
+
+
+def example_input(data: Data, images: int = 1) -> Tensor:
+    """The first validation images as a model input (float32, NCHW). Raises CoppiceError if there is none."""
+    order = range(min(images, len(data.val))) if isinstance(data, ImageData) else None
+    first = next(iter(batches(data.val, preprocessing(data), batch_size=images, order=order)), None)
+    if first is None:
+        raise CoppiceError("the validation data is empty: there is nothing to decide on")
+    return first[0][:images]
+
+
+def dense_snapshot(bench: Workbench) -> Snapshot:
+    """The model as it came, on the validation split."""
+
+    def measure() -> Json:
+        return asdict(Snapshot("dense", None, None, asdict(bench.cost), _validate(bench, bench.dense, "dense")))
+
+    return Snapshot(**bench.run.stage("dense", measure))
+
+
+def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, float]) -> Snapshot:
+    """Score, plan, apply, verify, re-estimate BatchNorm: a smaller model within `budgets`."""
+
+    def work() -> Json:
+        config = bench.run.config
+        model = materialise(bench, before)
+        coupling = couple(capture(model, (example_input(bench.data),))) if before.plan else bench.coupling
+        with bench.progress.bar(f"{name}: scoring by {config.criterion}"):
+            scores = score(model, coupling, config.criterion, list(_calibration(bench)), F.cross_entropy, config.seed)
+        step = make_plan(
+            coupling, scores, dict(budgets), allocation=config.allocation, round_to=config.round_to, min_width=config.min_width
+        )
+        with bench.progress.bar(f"{name}: building and verifying"):
+            pruned = apply(model, step)
+            verification = verify(model, pruned, coupling, step)
+        with bench.progress.bar(f"{name}: re-estimating BatchNorm"):
+            reestimate_batchnorm(pruned, bench.data.train, preprocessing(bench.data), seed=config.seed)
+        whole = compose(Plan.from_json(before.plan), step) if before.plan else step
+        cost = bench.coupling.cost(kept_widths(bench.coupling, whole))
+        state = bench.run.save_state(name, pruned.state_dict())
+        val = _validate(bench, pruned, name)
+        return asdict(
+            Snapshot(
+                name,
+                whole.to_json(),
+                state,
+                asdict(cost),
+                val,
+                checks=[*before.checks, *(f"{name}: {line}" for line in verification.checked)],
+                max_error=max(before.max_error, verification.max_error),
+            )
+        )
+
+    return Snapshot(**bench.run.stage(name, work))
+
+
+def tune(bench: Workbench, name: str, before: Snapshot, epochs: int) -> Snapshot:
+    """Fine-tune for some epochs, by the recipe or with the user's own function."""
+    if epochs == 0:
+        return before
+    precision = _precision(bench)
+
+    def told(result: EpochResult) -> None:
+        bench.progress.say(f"  epoch {result.epoch} of {epochs}: loss {result.train_loss:.3f}, validation top-1 {result.val_top1:.2f} %")
+
+    def work() -> Json:
+        config = bench.run.config
+        model = materialise(bench, before)
+        recipe = replace(config.recipe, epochs=epochs, precision=precision)
+        checkpoint = bench.run.state_path(f"{name}.checkpoint")
+        bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
+        if bench.train is not None:
+            with bench.progress.bar(f"{name}: fine-tuning with your own function"):
+                bench.train(model, epochs)
+        else:
+            teacher = bench.dense if recipe.distill else None
+            with bench.progress.bar(f"{name}: fine-tuning") as advance:
+                fine_tune(
+                    model, bench.data, recipe, teacher=teacher, seed=config.seed, checkpoint=checkpoint, progress=advance, on_epoch=told
+                )
+        state = bench.run.save_state(name, model.state_dict())
+        checkpoint.unlink(missing_ok=True)
+        val = _validate(bench, model, name)
+        return asdict(replace(before, stage=name, state=state, val=val, epochs=epochs))
+
+    return Snapshot(**bench.run.stage(name, work))
+
+
+def test_metrics(bench: Workbench, snapshot: Snapshot) -> Json:
+    """Accuracy on the test split: reported, never decided on."""
+    name = f"test {snapshot.stage}"
+
+    def work() -> Json:
+        with bench.progress.bar(f"{snapshot.stage}: measuring on the test split") as advance:
+            found = evaluate(materialise(bench, snapshot), bench.data.test, preprocessing(bench.data), progress=advance)
+        return asdict(found)
+
+    return bench.run.stage(name, work)
+
+
+def materialise(bench: Workbench, snapshot: Snapshot) -> nn.Module:
+    """The model of a snapshot, built from what is on disk (even if it was in memory just now: a resumed run must see the same bits)."""
+    if snapshot.plan is None or snapshot.state is None:
+        return copy.deepcopy(bench.dense).eval()
+    return build(copy.deepcopy(bench.dense), Plan.from_json(snapshot.plan), bench.run.load_state(snapshot.state)).eval()
+
+
+def kept_widths(coupling: Coupling, plan: Plan) -> dict[int, int]:
+    """Axis id -> width after `plan`."""
+    kept = {axis.name: len(axis.keep) for axis in plan.axes}
+    return {axis.id: kept[axis.name] for axis in coupling.axes if axis.name in kept}
+
+
+def _precision(bench: Workbench) -> Any:
+    """The precision of fine-tuning; "auto" is settled once a run and journalled, because timings differ from one moment to the next."""
+    recipe = bench.run.config.recipe
+    if recipe.precision != "auto" or bench.train is not None:
+        return recipe.precision
+
+    def measure() -> Json:
+        model, batch = copy.deepcopy(bench.dense), next(iter(_calibration(bench, recipe.batch_size)))
+        return {"precision": pick_precision(model, batch)}
+
+    return bench.run.stage("precision", measure)["precision"]
+
+
+def _calibration(bench: Workbench, images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    config = bench.run.config
+    return sample_batches(bench.data.train, preprocessing(bench.data), images=images or config.calibration, seed=config.seed)
+
+
+def _validate(bench: Workbench, model: nn.Module, name: str) -> Json:
+    with bench.progress.bar(f"{name}: measuring on the validation split") as advance:
+        found: Metrics = evaluate(model, bench.data.val, preprocessing(bench.data), progress=advance)
+    return {"top1": found.top1, "top5": found.top5, "loss": found.loss, "n": found.n, "top1_ci95": list(found.top1_ci95)}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run a block with a fixed number of PyTorch threads: sums come out in the same order every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts hold the same names with the same bits (NaN equal to itself)."""
+    return left.keys() == right.keys() and all(_bits(left[name]).equal(_bits(right[name])) for name in left)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,117 @@
+"""What a cut must reach: `macs=0.5`, `params=2.0M`, `bytes=5MB`, or any mix.
+
+A bare number is a fraction of the dense model and lies between 0 and 1; a number with a unit is absolute.
+Units are decimal (`k`, `M`, `G`, `T` = 10^3 ... 10^12), or binary for bytes when written `KiB`, `MiB`, `GiB`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coppice.errors import CoppiceError
+
+if TYPE_CHECKING:
+    from coppice.cost import Cost
+
+KEYS = ("macs", "params", "bytes")
+_DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS = {
+    "macs": _DECIMAL | {f"{u}mac{s}": n for u, n in _DECIMAL.items() for s in ("", "s")},
+    "params": _DECIMAL,
+    "bytes": {"b": 1} | _DECIMAL | {f"{u}b": n for u, n in _DECIMAL.items()} | _BINARY,
+}
+_VALUE = re.compile(r"\s*([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One entry of a target: `amount` is a fraction of the dense model's cost, or a count when `absolute`."""
+
+    key: str
+    amount: float
+    absolute: bool
+    text: str
+
+    def resolve(self, dense: int) -> float:
+        """The budget in MACs, parameters or bytes, for a dense model that costs `dense`. Raises CoppiceError if it is met already."""
+        if not self.absolute:
+            return self.amount * dense
+        if self.amount >= dense:
+            raise CoppiceError(f"target {self.key}={self.text}: the dense model costs {humanise(dense, self.key)} and meets it already")
+        return self.amount
+
+
+@dataclass(frozen=True)
+class Target:
+    """A set of budgets, at most one a key, in the order given. Empty when only a floor on accuracy is asked for."""
+
+    budgets: tuple[Budget, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.budgets)
+
+    def resolve(self, dense: Cost) -> dict[str, float]:
+        """Absolute budgets by key. Raises CoppiceError if the dense model meets one already."""
+        return {b.key: b.resolve(getattr(dense, b.key)) for b in self.budgets}
+
+    def to_dict(self) -> dict[str, str]:
+        return {b.key: b.text for b in self.budgets}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{b.key}={b.text}" for b in self.budgets)
+
+
+def parse_target(given: str | Iterable[str] | Mapping[str, str | float] | Target) -> Target:
+    """A target from `"macs=0.5,params=2.0M"`, several such strings, or a mapping. Raises CoppiceError naming the entry that is wrong."""
+    if isinstance(given, Target):
+        return given
+    if isinstance(given, Mapping):
+        entries = [f"{key}={value}" for key, value in given.items()]
+    else:
+        texts = [given] if isinstance(given, str) else list(given)
+        entries = [entry.strip() for text in texts for entry in text.split(",")]
+    budgets = tuple(_parse_entry(entry) for entry in entries)
+    for key in KEYS:
+        if sum(b.key == key for b in budgets) > 1:
+            raise CoppiceError(f"target: {key} is given twice, give it once")
+    return Target(budgets)
+
+
+def _parse_entry(entry: str) -> Budget:
+    key, equals, text = entry.partition("=")
+    key, text = key.strip().lower(), text.strip()
+    if not equals or key not in KEYS:
+        raise CoppiceError(f"target {entry!r}: write KEY=VALUE with a key of {', '.join(KEYS)}, for example macs=0.5 or bytes=5MB")
+    match = _VALUE.fullmatch(text)
+    unit = match[2].lower() if match else ""
+    if match is None or (unit and unit not in _UNITS[key]):
+        raise CoppiceError(f"target {entry!r}: {text!r} is no size, write a fraction such as 0.5 or an absolute such as {_example(key)}")
+    number = float(match[1])
+    if number <= 0:
+        raise CoppiceError(
+            f"target {entry!r}: nothing can be cut to zero, write a fraction between 0 and 1 or an absolute such as {_example(key)}"
+        )
+    if unit:
+        return Budget(key, number * _UNITS[key][unit], True, text)
+    if number >= 1:
+        raise CoppiceError(
+            f"target {entry!r}: a fraction of the dense model lies between 0 and 1, and an absolute needs a unit, as in {_example(key)}"
+        )
+    return Budget(key, number, False, text)
+
+
+def _example(key: str) -> str:
+    return {"macs": "2.0G", "params": "2.0M", "bytes": "5MB"}[key]
+
+
+def humanise(count: float, key: str) -> str:
+    """`40.8 M`, `1.08 MB`: three figures and a unit."""
+    suffix = "B" if key == "bytes" else ""
+    for power, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= power * 0.9995:
+            return f"{count / power:.3g} {unit}{suffix}"
+    return f"{count:.0f} {suffix}".rstrip()

@@ -1,0 +1,119 @@
+"""Apply a plan: an edited copy of the user's model, of the user's own class. The model given is never touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coppice.coupling import Mask
+from coppice.errors import CoppiceError
+from coppice.planning import Plan
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of ``model`` without the indices that ``plan`` removes: parameters, buffers, and the attributes that hold sizes.
+
+    Kept values are copied bit for bit; ``requires_grad``, dtype, device and tied parameters stay as they are.
+    CoppiceError where the plan belongs to another model.
+    """
+    return _edited_copy(model, plan, lambda tensor, masks: _slice(tensor, masks) if masks else None)
+
+
+def build(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
+    """The pruned model from a freshly made dense ``model``, a plan, and the pruned ``state`` (as saved: names -> tensors)."""
+    pruned = apply(model, plan)
+    missing = load_exactly(pruned, state)
+    if missing:
+        raise CoppiceError(f"the saved weights don't belong to this model and plan: {missing}")
+    return pruned
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """Load ``state`` into ``model``; answers what does not fit, as text. Tied names that the file holds once are filled in."""
+    own = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(own.items()) if name in state}
+    full = {name: state.get(name, state.get(first.get(id(tensor), ""))) for name, tensor in own.items()}
+    for name, tensor in own.items():
+        given = full[name]
+        if given is None:
+            return f"{name} is missing"
+        if given.shape != tensor.shape:
+            return f"{name} has shape {tuple(given.shape)}, expected {tuple(tensor.shape)}"
+    if extra := sorted(set(state) - set(own)):
+        return f"{extra[0]} is not a name of this model"
+    model.load_state_dict({k: v for k, v in full.items() if v is not None}, strict=True)
+    return None
+
+
+def slice_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, pruned: nn.Module, plan: Plan) -> dict[str, Any]:
+    """The state of ``optimizer`` (over ``model``'s parameters) for an optimiser of the same groups over ``pruned``'s parameters.
+
+    Every state tensor shaped like its parameter (momentum, Adam's moments) is sliced as the parameter is; load the answer with
+    ``load_state_dict``. The new optimiser must be made over the same parameters in the same order.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    changed = plan.changed()
+    state = copy.deepcopy(optimizer.state_dict())
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    sizes = dict(pruned.named_parameters())
+    for index, parameter in enumerate(order):
+        name = names.get(id(parameter), "")
+        if name not in changed or index not in state["state"]:
+            continue
+        slots = state["state"][index]
+        for key, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                slots[key] = _slice(value, changed[name])
+                if slots[key].shape != sizes[name].shape:
+                    raise CoppiceError(f"the pruned model's {name} does not have the plan's shape; give the model that the plan was applied to")
+    return state
+
+
+def _edited_copy(model: nn.Module, plan: Plan, edit: Callable[[Tensor, list[Mask] | None], Tensor | None]) -> nn.Module:
+    """A deep copy in which every parameter and buffer is what ``edit`` makes of it (None: an ordinary copy)."""
+    changed = plan.changed()
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    for name in plan.tensors:
+        if name not in tensors:
+            raise CoppiceError(f"the plan names {name}, which this model does not have; give the model that the plan was made for")
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors.items():
+        if id(tensor) not in memo:
+            masks = changed.get(name)
+            if masks is not None and tuple(m.size for m in masks) != tuple(tensor.shape):
+                raise CoppiceError(
+                    f"the plan was made for {name} of shape {tuple(m.size for m in masks)}, this model's is {tuple(tensor.shape)}; "
+                    "give the model that the plan was made for"
+                )
+            edited = edit(tensor, masks)
+            if edited is not None:
+                same = nn.Parameter(edited, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else edited
+                memo[id(tensor)] = same
+    pruned = copy.deepcopy(model, memo)
+    for path, values in plan.attributes.items():
+        module = pruned.get_submodule(path)
+        for attribute, value in values.items():
+            set_size(module, attribute, value)
+    return pruned
+
+
+def set_size(module: nn.Module, attribute: str, value: int | list[int]) -> None:
+    """Set an attribute that holds a size, keeping the type of a sequence."""
+    if isinstance(value, list):
+        old = getattr(module, attribute)
+        setattr(module, attribute, type(old)(value) if isinstance(old, (tuple, list)) else tuple(value))
+    else:
+        setattr(module, attribute, value)
+
+
+def _slice(tensor: Tensor, masks: list[Mask]) -> Tensor:
+    out = tensor.detach()
+    for dim, mask in enumerate(masks):
+        if not mask.all():
+            out = out.index_select(dim, torch.from_numpy(mask.nonzero()[0]).to(out.device))
+    return out.clone() if out is tensor or out.data_ptr() == tensor.data_ptr() else out

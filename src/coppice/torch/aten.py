@@ -1,0 +1,299 @@
+"""ATen ops in the vocabulary of ``coppice.rules``: the one table that knows PyTorch's op names.
+
+Each line maps an op (without its overload and in-place underscore) to a function of the call's arguments by schema name; it answers
+``(rule, operands, attributes)``. Pointwise ops come by PyTorch's own tag. Whatever is in neither is ``unknown`` and gets pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+Operands = list["Ref | None"]
+Translation = tuple[str, Operands, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a tensor among the recorded arguments: the id of its value, and its shape."""
+
+    id: int
+    shape: tuple[int, ...]
+    boolean: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One recorded call: ``args`` by schema name (defaults filled in), tensors as :class:`Ref`; ``outs`` are its results."""
+
+    args: dict[str, Any]
+    outs: list[Ref]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[name]
+
+    @property
+    def x(self) -> Ref:
+        return next(refs_in(list(self.args.values())))
+
+
+def refs_in(tree: Any) -> Iterator[Ref]:
+    """The refs in nested arguments, in order."""
+    if isinstance(tree, Ref):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from refs_in(item)
+    elif isinstance(tree, dict):
+        yield from refs_in(list(tree.values()))
+
+
+def _dim(dim: int, rank: int) -> int:
+    return dim + rank if dim < 0 else dim
+
+
+def _dims(dims: Any, rank: int) -> list[int]:
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _on_all(rule: str, **attrs: Any) -> Callable[[Call], Translation]:
+    return lambda c: (rule, list(refs_in(list(c.args.values()))), attrs)
+
+
+def _on(rule: str, *names: str) -> Callable[[Call], Translation]:
+    return lambda c: (rule, [c[n] for n in names], {})
+
+
+def _conv(c: Call) -> Translation:
+    rule = "conv_transpose" if c["transposed"] else "conv"
+    return rule, [c["input"], c["weight"], c["bias"]], {"sizes": {"g": c["groups"]}}
+
+
+def _addmm(c: Call) -> Translation:
+    bias = c["self"]
+    if any(size != 1 for size in bias.shape[:-1]):
+        return "unknown", list(refs_in(list(c.args.values()))), {"reason": "addmm with a matrix as bias"}
+    return "mm", [c["mat1"], c["mat2"], bias], {}
+
+
+def _layer_norm(c: Call) -> Translation:
+    return "layer_norm", [c["input"], c["weight"], c["bias"]], {"dims": len(c["normalized_shape"])}
+
+
+def _rms_norm(c: Call) -> Translation:
+    return "layer_norm", [c["input"], c["weight"]], {"dims": len(c["normalized_shape"])}
+
+
+def _group_norm(c: Call) -> Translation:
+    return "group_norm", [c["input"], c["weight"], c["bias"]], {"sizes": {"g": c["group"]}}
+
+
+def _attention(mask: str) -> Callable[[Call], Translation]:
+    def translate(c: Call) -> Translation:
+        operands = [c["query"], c["key"], c["value"], c.args.get(mask)]
+        return "attention", operands, {"scaled": c["scale"] is not None}
+
+    return translate
+
+
+def _identity_map(c: Call) -> list[int]:
+    return list(range(len(c.x.shape)))
+
+
+def _mixing(name: str = "dim") -> Callable[[Call], Translation]:
+    """Same shape in and out, mixing along one dim: softmax, cumsum, sort."""
+    return lambda c: ("along", [c.x], {"map": _identity_map(c), "mixed": _dims(c[name], len(c.x.shape))})
+
+
+def _reordering(name: str) -> Callable[[Call], Translation]:
+    """Same shape in and out, indices moved along some dims: flip, roll."""
+
+    def translate(c: Call) -> Translation:
+        moved = _dims(c[name], len(c.x.shape))
+        mapping = [None if k in moved else k for k in _identity_map(c)]
+        return "along", [c.x], {"map": mapping, "reason": "its indices are reordered"}
+
+    return translate
+
+
+def _reduction(kind: str, name: str = "dim") -> Callable[[Call], Translation]:
+    """``kind`` "summed": the removed index just drops out of the sum; "mixed": mean, max, var, ..."""
+
+    def translate(c: Call) -> Translation:
+        rank = len(c.x.shape)
+        gone = _dims(c.args.get(name), rank)
+        keep = bool(c.args.get("keepdim", False))
+        mapping = [None if k in gone else k for k in range(rank) if keep or k not in gone]
+        return "along", [c.x], {"map": mapping, kind: gone}
+
+    return translate
+
+
+def _select(c: Call) -> Translation:
+    rank = len(c.x.shape)
+    dim = _dim(c["dim"], rank)
+    return "along", [c.x], {"map": [k for k in range(rank) if k != dim], "reason": "one index is picked by its number"}
+
+
+def _unbind(c: Call) -> Translation:
+    return _select(c)
+
+
+def _take_apart(c: Call) -> Translation:
+    rank = len(c.x.shape)
+    start = c.args.get("start") or 0
+    dim = _dim(c["dim"], rank)
+    start = min(max(start + c.x.shape[dim] if start < 0 else start, 0), c.x.shape[dim])
+    return "take_apart", [c.x], {"dim": dim, "start": start, "step": c.args.get("step", 1)}
+
+
+def _cat(rule: str, extra: int) -> Callable[[Call], Translation]:
+    def translate(c: Call) -> Translation:
+        tensors = list(c["tensors"])
+        rank = max(len(t.shape) for t in tensors) + extra
+        return rule, tensors, {"dim": _dim(c["dim"], rank)}
+
+    return translate
+
+
+def _permute(order: Callable[[Call], list[int]]) -> Callable[[Call], Translation]:
+    return lambda c: ("permute", [c.x], {"order": order(c)})
+
+
+def _swap(c: Call) -> list[int]:
+    order = _identity_map(c)
+    if order:
+        a, b = _dim(c["dim0"], len(order)), _dim(c["dim1"], len(order))
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _pad(c: Call) -> Translation:
+    amounts, rank = list(c["pad"]), len(c.x.shape)
+    pairs = list(zip(amounts[::2], amounts[1::2], strict=True))[::-1]
+    return "pad", [c.x], {"pads": [(0, 0)] * (rank - len(pairs)) + pairs}
+
+
+def _index(c: Call) -> Translation:
+    """Indexing by tensors: the dims indexed are replaced by the indices' own shape (in front, if they are not neighbours)."""
+    rank, indices = len(c.x.shape), list(c["indices"])
+    used = [k for k, i in enumerate(indices) if i is not None]
+    if not used:
+        return "along", [c.x], {"map": list(range(rank))}
+    if any(indices[k].boolean for k in used):
+        return "unknown", [c.x], {"reason": "picked from by a boolean mask"}
+    new = len(c.outs[0].shape) - (rank - len(used))
+    untouched = [k for k in range(rank) if k not in used]
+    neighbours = used == list(range(used[0], used[-1] + 1))
+    at = sum(k < used[0] for k in untouched) if neighbours else 0
+    mapping = [*untouched[:at], *[None] * new, *untouched[at:]]
+    return "along", [c.x], {"map": mapping, "reason": "picked from by an index tensor"}
+
+
+def _index_select(c: Call) -> Translation:
+    dim = _dim(c["dim"], len(c.x.shape))
+    mapping = [None if k == dim else k for k in _identity_map(c)]
+    return "along", [c.x], {"map": mapping, "reason": "picked from by an index tensor"}
+
+
+def _shuffle(rule: str, factor: str) -> Callable[[Call], Translation]:
+    return lambda c: (rule, [c["self"]], {"factor": c[factor]})
+
+
+def _batch_norm(c: Call) -> Translation:
+    return "batch_norm", [c["input"], c["weight"], c["bias"], c.args.get("running_mean"), c.args.get("running_var")], {}
+
+
+Table = dict[str, Callable[[Call], Translation]]
+
+
+def _each(names: str, translate: Callable[[Call], Translation]) -> Table:
+    return dict.fromkeys(names.split(), translate)
+
+
+TABLE: Table = {
+    **_each("convolution _convolution convolution_overrideable", _conv),
+    **_each("mm", _on("mm", "self", "mat2")),
+    **_each("addmm", _addmm),
+    **_each("bmm", _on("bmm", "self", "mat2")),
+    **_each("baddbmm", _on("bmm", "batch1", "batch2", "self")),
+    **_each("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm_with_update", _batch_norm),
+    **_each("native_layer_norm", _layer_norm),
+    **_each("_fused_rms_norm rms_norm", _rms_norm),
+    **_each("native_group_norm", _group_norm),
+    **_each("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable", _attention("attn_mask")),
+    **_each("_scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention", _attention("attn_bias")),
+    **_each("_scaled_dot_product_efficient_attention", _attention("attn_bias")),
+    **_each("pixel_shuffle", _shuffle("pixel_shuffle", "upscale_factor")),
+    **_each("pixel_unshuffle", _shuffle("pixel_unshuffle", "downscale_factor")),
+    **_each("im2col", _on("im2col", "self")),
+    **_each("col2im", _on("col2im", "self")),
+    **_each("embedding", _on("embedding", "weight", "indices")),
+    **_each("grid_sampler_2d grid_sampler_3d", _on("grid_sample", "input", "grid")),
+    **_each("roi_align", _on("roi_align", "input", "rois")),
+    **_each(
+        "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
+        "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d mkldnn_adaptive_avg_pool2d",
+        lambda c: ("spatial2d", [c.x], {}),
+    ),
+    **_each("max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d", lambda c: ("spatial3d", [c.x], {})),
+    **_each("upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d avg_pool1d", lambda c: ("spatial1d", [c.x], {})),
+    **_each("view _unsafe_view _reshape_alias reshape unsqueeze squeeze view_copy _reshape_copy flatten unflatten", lambda c: ("view", [c.x], {})),
+    **_each("permute", _permute(lambda c: _dims(c["dims"], len(c.x.shape)))),
+    **_each("transpose", _permute(_swap)),
+    **_each("t", _permute(lambda c: _identity_map(c)[::-1])),
+    **_each("expand", lambda c: ("expand", [c.x], {})),
+    **_each("cat concat", _cat("concat", 0)),
+    **_each("stack", _cat("stack", 1)),
+    **_each("split split_with_sizes slice narrow chunk unsafe_split unsafe_split_with_sizes unsafe_chunk", _take_apart),
+    **_each("select", _select),
+    **_each("unbind", _unbind),
+    **_each("constant_pad_nd", _pad),
+    **_each("index _unsafe_index", _index),
+    **_each("index_select", _index_select),
+    **_each("_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod", _mixing()),
+    **_each("flip roll", _reordering("dims")),
+    **_each("sort argsort", _reordering("dim")),
+    **_each("sum", _reduction("summed")),
+    **_each("mean amax amin max min var std var_mean std_mean logsumexp prod any all linalg_vector_norm norm", _reduction("mixed")),
+    **_each("zeros ones full empty arange rand randn scalar_tensor new_zeros new_ones new_full new_empty linspace eye empty_strided", lambda c: ("fresh", [], {})),
+    **_each("zeros_like ones_like full_like empty_like rand_like randn_like", lambda c: ("pointwise", [c.x], {})),
+    **_each(
+        "clone alias detach _to_copy contiguous lift_fresh lift copy native_dropout dropout where masked_fill fill fill_ zero bernoulli _prelu_kernel "
+        "prelu hardswish rsub normal uniform expand_as to type_as _conj is_same_size heaviside clamp_min clamp_max lerp",
+        _on_all("pointwise"),
+    ),
+}
+
+
+@lru_cache(maxsize=None)
+def is_pointwise(func: Any) -> bool:
+    """Whether PyTorch itself tags ``func``, or the functional form of an in-place op, as pointwise."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    namespace, _, name = func._schema.name.partition("::")
+    twin = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
+    return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
+
+
+@lru_cache(maxsize=None)
+def base_name(func: Any) -> str:
+    """``aten.add_.Tensor`` -> ``add``; ``torchvision.roi_align.default`` -> ``roi_align``."""
+    return str(func._schema.name.partition("::")[2].removesuffix("_"))
+
+
+def translate(func: Any, call: Call) -> Translation:
+    """What ``call`` of ``func`` is in the vocabulary of the rules."""
+    line = TABLE.get(base_name(func))
+    if line is not None:
+        return line(call)
+    operands = list(refs_in(list(call.args.values())))
+    if is_pointwise(func):
+        return "pointwise", list(operands), {}
+    return "unknown", list(operands), {"reason": f"no rule for {func._schema.name.replace('::', '.')}"}

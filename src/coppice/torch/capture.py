@@ -1,0 +1,200 @@
+"""Record the concrete ATen ops of one forward pass, with ``TorchDispatchMode``. Works on any eager model; the model is not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from coppice.coupling import Coupling
+from coppice.graph import Graph, Kind, Op, Value
+from coppice.torch.aten import Call, Ref, refs_in, translate
+
+# Ops that neither compute nor move anything worth a line in the graph.
+IGNORED = {"aten::_assert_async", "aten::record_stream", "aten::is_pinned", "profiler::_record_function_enter_new", "profiler::_record_function_exit"}
+
+
+@dataclass(slots=True)
+class Origin:
+    """The front-end's handle on a graph: the user's model, the inputs and the constants that it was recorded with."""
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    constants: dict[int, Tensor]
+
+    def bind_sizes(self, coupling: Coupling) -> None:
+        """Find out which attributes of the user's modules hold a width, and which widths the code ties or freezes."""
+        from coppice.torch.sizes import bind_sizes
+
+        bind_sizes(self.model, self.inputs, coupling)
+
+    def parameters(self, model: nn.Module) -> dict[str, NDArray[Any]]:
+        """Every parameter as a NumPy array."""
+        return {name: p.detach().float().cpu().numpy() for name, p in model.named_parameters() if p.is_floating_point()}
+
+    def mean_over_batches(
+        self, model: nn.Module, element: Callable[..., NDArray[Any]], batches: Iterable[Any], loss: Callable[..., Tensor] | None
+    ) -> dict[str, NDArray[Any]]:
+        """``element(weight, gradient)`` of every parameter, averaged over batches."""
+        from coppice.torch.gradients import mean_over_batches
+
+        return mean_over_batches(model, element, batches, loss)
+
+
+@dataclass(frozen=True, slots=True)
+class Replayable:
+    """One ATen call with its tensors as :class:`Ref`, for running it again on other tensors."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down every op that runs inside the ``with`` block; ``on_op`` is called after each."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], on_op: Callable[[Op, list[Value]], None] | None = None) -> None:
+        super().__init__()
+        self.values: list[Value] = []
+        self.ops: list[Op] = []
+        self.constants: dict[int, Tensor] = {}
+        self.stack: list[str] = [""]
+        self._ids = WeakIdKeyDictionary()
+        self._keep: list[Tensor] = []
+        self._on_op = on_op
+        for kind, named in ((Kind.PARAMETER, model.named_parameters), (Kind.BUFFER, model.named_buffers)):
+            for name, tensor in named(remove_duplicate=False):
+                if tensor is not None:
+                    self._name(tensor, kind, name)
+        self.weights = len(self.values)
+        self.input_ids = tuple(self._new(t, Kind.INPUT).id for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
+
+    def _new(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Value:
+        value = Value(len(self.values), tuple(tensor.shape), kind, tensor.element_size(), names)
+        self.values.append(value)
+        self._ids[tensor] = value.id
+        return value
+
+    def _name(self, tensor: Tensor, kind: Kind, name: str) -> None:
+        known = self._ids.get(tensor)
+        if known is None:
+            self._new(tensor, kind, (name,))
+        else:
+            self.values[known].names += (name,)
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """The ref of ``tensor``; one never seen before is a constant that the code made outside any op."""
+        known = self._ids.get(tensor)
+        if known is None:
+            known = self._new(tensor, Kind.CONSTANT).id
+            self.constants[known] = tensor.detach().clone()
+            self._keep.append(tensor)
+        return Ref(known, tuple(tensor.shape), tensor.dtype is torch.bool)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name.startswith("prim::") or name in IGNORED or (name == "aten::as_strided_" and tuple(args[1]) == tuple(args[0].shape)):  # only normalises strides
+            return func(*args, **kwargs)
+        ref_args = tree_map_only(Tensor, self.ref, args)
+        ref_kwargs = tree_map_only(Tensor, self.ref, kwargs)
+        result = func(*args, **kwargs)
+        outs = []
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, Tensor):
+                known = self._ids.get(tensor)
+                outs.append(Ref(self._new(tensor, Kind.INTERMEDIATE).id if known is None else known, tuple(tensor.shape)))
+        call = Call(_by_name(func, ref_args, ref_kwargs), outs)
+        rule, operands, attrs = translate(func, call)
+        op = Op(
+            rule,
+            name.replace("::", "."),
+            tuple(None if r is None else r.id for r in operands),
+            tuple(o.id for o in outs),
+            self.stack[-1],
+            attrs,
+            () if rule == "fresh" else tuple({r.id for r in refs_in([ref_args, ref_kwargs])} - {r.id for r in operands if r is not None}),
+            Replayable(func, ref_args, ref_kwargs),
+        )
+        self.ops.append(op)
+        if self._on_op is not None:
+            self._on_op(op, self.values)
+        return result
+
+
+def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for k, argument in enumerate(func._schema.arguments):
+        if k < len(args):
+            named[argument.name] = args[k]
+        elif argument.name in kwargs:
+            named[argument.name] = kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value if argument.has_default_value() else None
+    return named
+
+
+@contextmanager
+def _tracking_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the path of the module that is running on top of ``stack``."""
+    paths = {id(m): name for name, m in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(paths.get(id(module), stack[-1]))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        stack.pop()
+
+    hooks = [nn.modules.module.register_module_forward_pre_hook(enter), nn.modules.module.register_module_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def quiet_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients and without attention's fused fast path (one opaque op); the model's flags are restored."""
+    flags = [(m, m.training) for m in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in flags:
+            module.training = training
+
+
+def record(model: nn.Module, inputs: tuple[Any, ...], on_op: Callable[[Op, list[Value]], None] | None = None) -> tuple[Recorder, Any]:
+    """Run ``model(*inputs)`` under a :class:`Recorder`; answers the recorder and the model's output."""
+    with quiet_eval(model):
+        recorder = Recorder(model, inputs, on_op)
+        with _tracking_modules(model, recorder.stack), recorder:
+            output = model(*inputs)
+    return recorder, output
+
+
+def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
+    """Record one forward pass of ``model`` on ``inputs`` (a tensor, or the tuple of the forward's arguments).
+
+    The first dim of the first input tensor is taken as the batch; costs are counted per sample.
+    """
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    recorder, output = record(model, inputs)
+    outputs = tuple(dict.fromkeys(recorder.ref(t).id for t in tree_flatten(output)[0] if isinstance(t, Tensor)))
+    first = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
+    batch = int(first.shape[0]) if first is not None and first.dim() > 3 else 1
+    origin = Origin(model, inputs, recorder.constants)
+    return Graph(recorder.values, recorder.ops, recorder.input_ids, outputs, batch, origin)

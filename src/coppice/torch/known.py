@@ -1,0 +1,89 @@
+"""The attributes of PyTorch's own modules that hold sizes, one line an attribute: which dim of which parameter it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from coppice.axes import Axis, find
+from coppice.coupling import Coupling
+
+
+def bind_known_modules(model: nn.Module, coupling: Coupling) -> None:
+    """PyTorch's own modules: which attribute is which dim of which parameter."""
+    dims = {name: coupling.dims[v.id] for v in coupling.graph.weights() for name in v.names}
+    groups = {op.module: info.letters.get("g") for op, info in zip(coupling.graph.ops, coupling.ops, strict=True) if "g" in info.letters}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for kind, bind in KNOWN:
+            if isinstance(module, kind):
+                prefix = f"{path}." if path else ""
+                own = {name: dims[prefix + name] for name in ("weight", "running_mean", "in_proj_weight") if prefix + name in dims}
+                for attribute, axis in bind(own, groups.get(path)):
+                    _bind(coupling, module, path, attribute, axis)
+
+
+def _bind(coupling: Coupling, module: nn.Module, path: str, attribute: str, axis: Axis) -> None:
+    name, _, index = attribute.partition("[")
+    value = getattr(module, name, None)
+    if index and isinstance(value, (tuple, list)):
+        k = int(index[:-1]) % len(value)
+        coupling.sequences[path, name] = tuple(value)
+        coupling.bindings[path, name, k] = axis
+    elif value == find(axis).size:
+        coupling.bindings[path, name, None] = axis
+
+
+Known = Iterator[tuple[str, Axis]]
+Dims = dict[str, tuple[Axis, ...]]
+
+
+def _of_conv(dims: Dims, groups: Axis | None) -> Known:
+    if groups is not None and "weight" in dims:
+        yield "groups", groups
+
+
+def _of_linear(dims: Dims, groups: Axis | None) -> Known:
+    if "weight" in dims:
+        yield "out_features", dims["weight"][0]
+        yield "in_features", dims["weight"][1]
+
+
+def _of_batch_norm(dims: Dims, groups: Axis | None) -> Known:
+    for axis in dims.get("weight", dims.get("running_mean", ()))[:1]:
+        yield "num_features", axis
+
+
+def _of_layer_norm(dims: Dims, groups: Axis | None) -> Known:
+    for k, axis in enumerate(dims.get("weight", ())):
+        yield f"normalized_shape[{k}]", axis
+
+
+def _of_group_norm(dims: Dims, groups: Axis | None) -> Known:
+    if "weight" in dims:
+        yield "num_channels", dims["weight"][0]
+    if groups is not None:
+        yield "num_groups", groups
+
+
+def _of_embedding(dims: Dims, groups: Axis | None) -> Known:
+    if "weight" in dims:
+        yield "embedding_dim", dims["weight"][1]
+
+
+def _of_attention(dims: Dims, groups: Axis | None) -> Known:
+    if "in_proj_weight" in dims:
+        for attribute in ("embed_dim", "kdim", "vdim"):
+            yield attribute, dims["in_proj_weight"][1]
+
+
+KNOWN: tuple[tuple[type[nn.Module], Callable[[Dims, Axis | None], Known]], ...] = (
+    (nn.modules.conv._ConvNd, _of_conv),
+    (nn.Linear, _of_linear),
+    (nn.modules.batchnorm._NormBase, _of_batch_norm),
+    (nn.LayerNorm, _of_layer_norm),
+    (nn.RMSNorm, _of_layer_norm),
+    (nn.GroupNorm, _of_group_norm),
+    (nn.Embedding, _of_embedding),
+    (nn.MultiheadAttention, _of_attention),
+)

@@ -1,0 +1,160 @@
+"""Run the recorded ops again on other tensors: in double precision, and along chosen axes at the planned sizes.
+
+The oracle of verification. It runs the *dense* program, never the pruned model's code: wherever an op sums over an axis, the removed
+indices are taken out of the sum; where an op mixes an axis (a norm, a softmax, a mean), that op alone runs on the kept indices and its
+result is put back with NaN at the removed ones, so that anything that reads a removed index shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from coppice.axes import Axis, atoms, find
+from coppice.coupling import Coupling, Mask, keep_mask
+from coppice.graph import Kind, Op
+from coppice.torch.aten import Ref, base_name
+from coppice.torch.capture import Replayable, quiet_eval
+
+LOW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def in_double(tree: Any) -> Any:
+    """Every floating tensor of ``tree`` in float64, every floating dtype as float64."""
+    tree = tree_map_only(Tensor, lambda t: t.detach().double() if t.dtype in LOW else t.detach(), tree)
+    return tree_map_only(torch.dtype, lambda d: torch.float64 if d in LOW else d, tree)
+
+
+def _at_new_sizes(name: str, args: tuple[Any, ...], groups: int) -> tuple[Any, ...]:
+    """The call's arguments for operands that got narrower: the ops that mix and are told a size have it set to what is there now."""
+    if name in ("native_layer_norm", "_fused_rms_norm"):
+        return (args[0], list(args[0].shape[-len(args[1]) :]), *args[2:])
+    if name == "native_group_norm":
+        x, weight, bias, n, _, hw, _, eps = args
+        return (x, weight, bias, n, x.shape[1], hw, groups, eps)
+    return args
+
+
+class Replay:
+    """One run of the dense program with the indices outside ``keep`` (atom -> mask) out of effect. ``run`` answers every output."""
+
+    def __init__(self, coupling: Coupling, model: nn.Module, inputs: tuple[Any, ...], keep: Mapping[Axis, Mask]) -> None:
+        self.coupling, self.keep = coupling, keep
+        self.env: dict[int, Tensor] = {}
+        graph = coupling.graph
+        named: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        for value in graph.weights():
+            self.env[value.id] = in_double(named[value.names[0]]).clone()
+        self.env.update({k: in_double(v).clone() for k, v in graph.origin.constants.items()})
+        for k, tensor in zip(graph.inputs, (t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), strict=True):
+            self.env[k] = in_double(tensor).clone()
+        self._last_use = self._lifetimes()
+
+    def _lifetimes(self) -> dict[int, list[int]]:
+        last: dict[int, int] = {}
+        for k, op in enumerate(self.coupling.graph.ops):
+            for leaf in tree_flatten((op.call.args, op.call.kwargs))[0]:
+                if isinstance(leaf, Ref):
+                    last[leaf.id] = k
+        keep = set(self.coupling.graph.outputs)
+        ends: dict[int, list[int]] = {}
+        for value, k in last.items():
+            if value not in keep and self.coupling.graph.values[value].kind is Kind.INTERMEDIATE:
+                ends.setdefault(k, []).append(value)
+        return ends
+
+    def run(self, scalars: Mapping[int, Replayable] | None = None, watch: Callable[[int, list[Tensor]], None] | None = None) -> list[Tensor]:
+        """The graph's outputs. ``scalars``: calls of the pruned model whose numbers (a mean's divisor, an attention's scale) replace the dense
+        ones; ``watch(op index, results)`` sees every op's results, restricted to the kept indices.
+        """
+        with quiet_eval(self.coupling.graph.origin.model):
+            for k, op in enumerate(self.coupling.graph.ops):
+                call = (scalars or {}).get(k, op.call)
+                outs = self._step(op, k, op.call if call is op.call else _with_numbers(op.call, call))
+                if watch is not None:
+                    watch(k, [self.kept(v, t) for v, t in zip(op.outputs, outs, strict=True)])
+                for value in self._last_use.get(k, ()):
+                    self.env.pop(value, None)
+        return [self.env[v] for v in self.coupling.graph.outputs]
+
+    def _step(self, op: Op, index: int, call: Replayable) -> list[Tensor]:
+        info = self.coupling.ops[index]
+        if any(self._cut(a) for axis in info.mixes for a in atoms(axis)):
+            outs = self._on_kept(op, index, call)
+        else:
+            masked = {op.inputs[k]: dim for k, dim in info.contracted}
+            outs = _tensors(self._call(call, lambda ref: self._masked(ref, masked)))
+        for value, tensor in zip(op.outputs, outs, strict=True):
+            self.env[value] = tensor
+        return outs
+
+    def _call(self, call: Replayable, get: Callable[[Ref], Tensor]) -> Any:
+        args, kwargs = tree_map_only(Ref, get, (in_double(call.args), in_double(call.kwargs)))
+        func = torch.ops.aten.reshape.default if call.func is torch.ops.aten.view.default else call.func  # a masked operand may have other strides
+        return func(*args, **kwargs)
+
+    def _masked(self, ref: Ref, masked: Mapping[int | None, int]) -> Tensor:
+        tensor = self.env[ref.id]
+        if ref.id not in masked:
+            return tensor
+        dim = masked[ref.id]
+        mask = keep_mask(self.coupling.dims[ref.id][dim], self.keep)
+        if mask.all():
+            return tensor
+        shape = [1] * tensor.dim()
+        shape[dim] = -1
+        return torch.where(torch.from_numpy(mask).view(shape), tensor, torch.zeros((), dtype=tensor.dtype))
+
+    def _on_kept(self, op: Op, index: int, call: Replayable) -> list[Tensor]:
+        """Run the op on the kept indices only, at the sizes that these have, and put the result back among NaN."""
+        args, kwargs = tree_map_only(Ref, lambda r: self.kept(r.id, self.env[r.id]), (in_double(call.args), in_double(call.kwargs)))
+        groups = self.coupling.ops[index].letters.get("g")
+        args = _at_new_sizes(base_name(call.func), args, 0 if groups is None else int(keep_mask(groups, self.keep).sum()))
+        small = _tensors(call.func(*args, **kwargs))
+        return [self._scatter(v, t) for v, t in zip(op.outputs, small, strict=True)]
+
+    def _cut(self, atom: Axis) -> bool:
+        mask = self.keep.get(find(atom))
+        return mask is not None and not mask.all()
+
+    def kept(self, value: int, tensor: Tensor) -> Tensor:
+        """``tensor`` (dense value ``value``) restricted to the indices that stay."""
+        for dim, axis in enumerate(self.coupling.dims[value]):
+            mask = keep_mask(axis, self.keep)
+            if not mask.all():
+                tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask)))
+        return tensor
+
+    def _scatter(self, value: int, small: Tensor) -> Tensor:
+        dims = self.coupling.dims[value]
+        shape = [find(a).size for a in dims]
+        blank = float("nan") if small.is_floating_point() else 0
+        out = torch.full(shape, blank, dtype=small.dtype)
+        if small.dim() != len(shape):
+            return small
+        places = [torch.from_numpy(np.flatnonzero(keep_mask(a, self.keep))) for a in dims]
+        return out.index_put(torch.meshgrid(*places, indexing="ij"), small) if places else small
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+
+
+def _with_numbers(dense: Replayable, sliced: Replayable) -> Replayable:
+    """``dense`` with the plain floats of ``sliced``: what the code computed from the new sizes."""
+
+    def merge(a: Any, b: Any) -> Any:
+        if isinstance(a, float) and isinstance(b, float):
+            return b
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+            return type(a)(merge(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return {k: merge(v, b.get(k, v)) for k, v in a.items()}
+        return a
+
+    return Replayable(dense.func, merge(dense.args, sliced.args), merge(dense.kwargs, sliced.kwargs))

@@ -1,0 +1,213 @@
+"""Fine-tune a pruned network: a short schedule from trained weights, resumable bit for bit.
+
+Everything random in an epoch (order, augmentation, dropout) derives from (seed, epoch), and the learning rate from the step alone.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coppice.augment import augment_batch, make_augmentation
+from coppice.checkpoint import load_facts, load_state, save_checkpoint
+from coppice.data import ImageData, Loaders, batches, raw_batches, sample_batches
+from coppice.errors import CoppiceError
+from coppice.evaluate import evaluate
+from coppice.forward import device_of, forward, pick_precision, training_layout, training_mode
+from coppice.recipe import Recipe
+from coppice.seeding import generator, seeded
+
+__all__ = ["EpochResult", "Recipe", "fine_tune", "pick_precision"]
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    epoch: int  # from 1
+    train_loss: float  # mean over the epoch's steps
+    val_top1: float  # percent
+    val_loss: float
+    lr: float  # of the last step
+    seconds: float
+
+
+def fine_tune(
+    model: nn.Module,
+    data: ImageData | Loaders,
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[EpochResult], None] | None = None,
+) -> list[EpochResult]:
+    """Train `model` in place on data.train, judging each epoch on data.val; returns what every epoch gave.
+
+    `teacher` is the dense model, needed if `recipe.distill` is above zero; it is not changed.
+    `checkpoint`: written after every epoch (before `on_epoch`); if it exists, the epochs it holds are not repeated, and on a CPU in
+    fp32 with the same number of threads the result equals an undisturbed run's bit for bit.
+    `progress` is told the steps done and in all, `on_epoch` each epoch's result.
+    Raises CoppiceError if the loss is not finite, the recipe needs a teacher, or the checkpoint is of another run.
+    """
+    if recipe.distill > 0 and teacher is None:
+        raise CoppiceError("distillation needs the dense model as the teacher: pass it, or set distill to 0")
+    steps = _steps_per_epoch(data, recipe)
+    facts = _resume_facts(checkpoint, recipe, seed, steps)
+    x, y = _first_batch(data, recipe, device_of(model))
+    precision = facts["precision"] or (pick_precision(model, (x, y)) if recipe.precision == "auto" else recipe.precision)
+    recipe = replace(recipe, precision=precision)
+    layout = training_layout(model, x, y)
+    model.to(memory_format=layout)
+    optimizer = make_optimizer(model, recipe)
+    history = [EpochResult(**result) for result in facts["history"]]
+    if checkpoint is not None and history:
+        load_state(checkpoint, model, optimizer)
+    run = _Run(model, teacher if recipe.distill > 0 else None, data, recipe, optimizer, layout, seed, steps, progress)
+    try:
+        for epoch in range(len(history) + 1, recipe.epochs + 1):
+            history.append(run.epoch(epoch))
+            if checkpoint is not None:
+                facts |= {"precision": precision, "history": [asdict(result) for result in history]}
+                save_checkpoint(checkpoint, model, optimizer, facts)
+            if on_epoch is not None:
+                on_epoch(history[-1])
+    finally:
+        optimizer.zero_grad()
+        model.to(memory_format=torch.contiguous_format)
+    return history
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW, at the recipe's peak rate; biases and normalisation parameters (all vectors) are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise CoppiceError("the model has no parameters to train")
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.peak_lr(), betas=(recipe.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=recipe.peak_lr(), momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same over the epochs of one fine-tune."""
+
+    model: nn.Module
+    teacher: nn.Module | None
+    data: ImageData | Loaders
+    recipe: Recipe
+    optimizer: torch.optim.Optimizer
+    layout: torch.memory_format
+    seed: int
+    steps: int  # an epoch
+    progress: Callable[[int, int], None] | None
+
+    def epoch(self, epoch: int) -> EpochResult:
+        started = time.perf_counter()
+        device = device_of(self.model)
+        total = self.steps * self.recipe.epochs
+        losses = 0.0
+        lr = 0.0
+        with seeded(self.seed, "epoch", epoch, device=device):
+            with training_mode(self.model, True):
+                for index, (x, y) in enumerate(_train_batches(self.data, self.recipe, self.seed, epoch, device)):
+                    done = (epoch - 1) * self.steps + index
+                    lr = self.recipe.lr_at(done, total)
+                    losses += self._step(x, y, lr, f"epoch {epoch}, step {index + 1}")
+                    if self.progress is not None:
+                        self.progress(done + 1, total)
+            preprocess = self.data.preprocess if isinstance(self.data, ImageData) else None
+            val = evaluate(self.model, self.data.val, preprocess, precision=self.recipe.precision)
+        return EpochResult(epoch, losses / self.steps, val.top1, val.loss, lr, time.perf_counter() - started)
+
+    def _step(self, x: Tensor, y: Tensor, lr: float, where: str) -> float:
+        """One step of the optimiser; returns the loss. A loss that is not finite is an error before it reaches the weights."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._loss(x, y)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise CoppiceError(
+                f"the training loss became {value} at {where} (learning rate {lr:.3g}): lower the learning rate, clip gradients or use fp32"
+            )
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if self.recipe.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
+        self.optimizer.step()
+        return value
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy, mixed with the divergence from the teacher's softened predictions (Hinton et al. 2015)."""
+        recipe = self.recipe
+        z = forward(self.model, x, recipe.precision, self.layout)
+        loss = F.cross_entropy(z, y, label_smoothing=recipe.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), training_mode(self.teacher, False):
+            target = forward(self.teacher, x, recipe.precision, self.layout)
+        t = recipe.temperature
+        divergence = F.kl_div(F.log_softmax(z / t, 1), F.log_softmax(target / t, 1), reduction="batchmean", log_target=True)
+        return (1 - recipe.distill) * loss + recipe.distill * t**2 * divergence
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def _steps_per_epoch(data: ImageData | Loaders, recipe: Recipe) -> int:
+    if isinstance(data, ImageData):
+        return max(1, len(data.train) // recipe.batch_size)  # a last, smaller batch is left out: the next epoch has another order
+    try:
+        steps = len(data.train)  # type: ignore[arg-type]  # an iterable in general
+    except TypeError as error:
+        raise CoppiceError("the training loader has no length: the learning-rate schedule needs the number of its batches") from error
+    if steps < 1:
+        raise CoppiceError("the training loader is empty")
+    return steps
+
+
+def _train_batches(
+    data: ImageData | Loaders, recipe: Recipe, seed: int, epoch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(data, Loaders):
+        yield from batches(data.train, None, device=device)
+        return
+    transform = make_augmentation(recipe.augment, data.input_shape, pad=recipe.crop_pad, mirror=data.mirror)
+    order: Sequence[int] = generator(seed, "order", epoch).permutation(len(data.train)).tolist()
+    order = order[: _steps_per_epoch(data, recipe) * recipe.batch_size]
+    for step, (images, labels) in enumerate(raw_batches(data.train, order, recipe.batch_size)):
+        images = augment_batch(images, transform, seed, epoch, step)
+        yield data.preprocess.normalise(images.to(device)), labels.to(device)
+
+
+def _first_batch(data: ImageData | Loaders, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A training batch to try things on."""
+    preprocess = data.preprocess if isinstance(data, ImageData) else None
+    with seeded(0, "first batch"):  # a user's loader may draw from the global generator
+        return next(sample_batches(data.train, preprocess, images=recipe.batch_size, seed=0, batch_size=recipe.batch_size, device=device))
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def _resume_facts(checkpoint: Path | None, recipe: Recipe, seed: int, steps: int) -> dict[str, Any]:
+    """What the header of this fine-tune's checkpoint says, or will say. Raises CoppiceError if the checkpoint is of another run."""
+    fresh: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed, "steps": steps, "precision": None, "history": []}
+    if checkpoint is None or not checkpoint.exists():
+        return fresh
+    stored = load_facts(checkpoint)
+    differing = [name for name, value in fresh["recipe"].items() if stored.get("recipe", {}).get(name) != value]
+    differing += [name for name in ("seed", "steps") if stored.get(name) != fresh[name]]
+    if differing or not isinstance(stored.get("history"), list):
+        raise CoppiceError(f"{checkpoint} is of a fine-tune with other settings ({', '.join(differing)}): delete it to start again")
+    return fresh | stored

@@ -1,0 +1,110 @@
+"""ONNX: equal to PyTorch at every batch size, quiet, and nothing left behind when it is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coppice.errors import CoppiceError, VerificationError
+from coppice.export import RTOL, ExportError, check_onnx, export_onnx
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+class ByData(nn.Module):
+    """What no exporter can write: control flow that depends on the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum((2, 3)) if float(x.sum()) > 0 else x.mean((2, 3))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def test_it_equals_pytorch_and_says_nothing(model: nn.Module, images: Tensor, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    check = export_onnx(model, images, tmp_path / "m.onnx")
+    assert check.error <= RTOL
+    assert check.batches == (1, 3, 8)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+
+
+def test_it_runs_where_neither_coppice_nor_pytorch_is_installed(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    export_onnx(model, images, tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", images.numpy())
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['coppice'] = None\n"  # None: importing it fails
+        "import numpy, onnxruntime\n"
+        "session = onnxruntime.InferenceSession('m.onnx', providers=['CPUExecutionProvider'])\n"
+        "numpy.save('y.npy', session.run(None, {'input': numpy.load('x.npy')})[0])"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    with torch.no_grad():
+        np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model(images).numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_opset_can_be_chosen(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    import onnx
+
+    export_onnx(model, images, tmp_path / "m.onnx", opset=18)
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 18
+
+
+def test_a_file_of_another_model_is_found_out(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    export_onnx(model, images, tmp_path / "m.onnx")
+    with torch.no_grad():
+        model.head.bias[0] += 0.01
+    with pytest.raises(VerificationError, match="differs from PyTorch"):
+        check_onnx(model, images, tmp_path / "m.onnx")
+
+
+def test_a_wrong_file_never_reaches_its_place(model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.onnx").write_text("old")
+    monkeypatch.setattr("coppice.export.RTOL", -1.0)
+    with pytest.raises(VerificationError):
+        export_onnx(model, images, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_nan_is_a_difference(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(VerificationError):
+        export_onnx(model, images, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_can_not_be_exported_is_one_sentence(images: Tensor, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ExportError, match="can't be exported to ONNX") as caught:
+        export_onnx(ByData(), images, tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+
+
+def test_a_file_that_is_no_model_is_one_sentence(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"not a model")
+    with pytest.raises(CoppiceError, match="can't load"):
+        check_onnx(model, images, tmp_path / "m.onnx")
