@@ -75,7 +75,7 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ({"steps": "0"}, "--steps 0"),
         ({"optimizer": "adam"}, "adam"),
         ({"mean": "a,b"}, "--mean a,b"),
-        ({"mean": "0.1,0.2,0.3", "std": "1,1,1"}, "mean"),
+        ({"mean": "0.1,0.2,0.3", "std": "1,1,1"}, "can't run on the data's images"),
         ({"std": "0"}, "std"),
         ({"input": "1,3,224,224"}, "does not fit the data"),
         ({"split": "training"}, "ROLE=NAME"),
@@ -197,7 +197,7 @@ def test_a_fault_of_ours_is_one_sentence_and_a_file(
 def test_ctrl_c_says_how_to_go_on(
     arguments: dict[str, str | None], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("coppice.loop.dense_snapshot", interrupted)
@@ -223,7 +223,7 @@ def test_resume_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["eval", "--model", "torchvision:resnet18", "--data", "digits", "--part", "some"], "--part some"),
         (["export", "nowhere"], "no run folder"),
         (["export", "nowhere", "--to", "tflite"], "only format"),
-        (["prune", "--steps", "many"], "many"),
+        (["prune", "--steps", "many"], "--steps"),
         (["shrink"], "shrink"),
     ],
     ids=" ".join,

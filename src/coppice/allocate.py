@@ -198,4 +198,3 @@ def smallest(coupling: Coupling, round_to: int = 8, min_width: int = 8) -> Cost:
         bundle = _bundle(coupling, together, round_to, min_width)
         kept.update({a.id: bundle.kept(a, 0) for a in bundle.axes})
     return coupling.cost(kept)
-

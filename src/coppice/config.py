@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import coppice
+from coppice.allocate import ALLOCATIONS
 from coppice.errors import CoppiceError
 from coppice.preprocess import Preprocess
+from coppice.saliency import CRITERIA
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
-
-CRITERIA = ("l1", "l2", "gradient", "taylor", "random")
-ALLOCATIONS = ("global", "uniform")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Exact metrics of a classifier on a part of the data, and BatchNorm statistics re-estimated for a changed one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from coppice.data import Batches, batches, sample_batches
 from coppice.errors import CoppiceError
-from coppice.forward import device_of, forward, inference_layout, training_mode
+from coppice.forward import device_of, forward, inference_layout, training_mode, weights_in
 from coppice.preprocess import Preprocess
 
 Progress = Callable[[int, int | None], None]  # (done, total if it is known)
@@ -37,7 +38,7 @@ def evaluate(
     dataset: Dataset[tuple[Tensor, int]] | Batches,
     preprocess: Preprocess | None,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     precision: str = "fp32",
     progress: Progress | None = None,
     limit: int | None = None,
@@ -45,6 +46,7 @@ def evaluate(
     """Evaluate `model`, in evaluation mode, on its own device; its training flags are given back.
 
     `dataset` is indexed (uint8 CHW, label) if there is a `preprocess`, otherwise an iterable of (model input, labels) batches.
+    `batch_size` (of a dataset) changes nothing but the speed; by default as many images as a processor's caches like.
     `limit` takes that many images, evenly spread over a dataset (whose images are often sorted by class), or the first of an iterable.
     `progress` is told the images done and in all (None if that is unknown).
     Raises CoppiceError if there are no images, a label is none of the model's outputs, or the loss is not finite.
@@ -55,37 +57,44 @@ def evaluate(
         length = len(dataset)  # type: ignore[arg-type]  # map-style datasets have a length; their base class does not declare it
         total = length if limit is None else min(limit, length)
         order = [index * length // total for index in range(total)]
-    tally: _Tally | None = None
-    layout = None
-    with torch.no_grad(), training_mode(model, False):
-        for x, y in batches(dataset, preprocess, batch_size=batch_size, order=order, device=device):
+        if batch_size is None and total:
+            batch_size = comfortable_batch(dataset[0][0].shape)  # type: ignore[index]
+    tally = _Tally()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(training_mode(model, False))
+        layout = None
+        for x, y in batches(dataset, preprocess, batch_size=batch_size or 1, order=order, device=device):
             if limit is not None:
-                x, y = x[: limit - (tally.n if tally else 0)], y[: limit - (tally.n if tally else 0)]
-            layout = layout or inference_layout(model, x)
-            z = forward(model, x, precision, layout)
-            tally = tally or _Tally(z.shape[1], device)
-            tally.add(z, y)
+                x, y = x[: limit - tally.n], y[: limit - tally.n]
+            if layout is None:
+                layout = inference_layout(model, x)
+                stack.enter_context(weights_in(model, layout))
+            tally.add(forward(model, x, precision, layout), y)
             if progress is not None:
                 progress(tally.n, total)
             if tally.n == limit:
                 break
-    if tally is None:
-        raise CoppiceError("there are no images to evaluate on")
     return tally.metrics()
+
+
+def comfortable_batch(shape: Sequence[int]) -> int:
+    """Images a batch: measured on CPUs, MobileNetV2 at 224 x 224 takes half as long for an image in batches of 16 as in batches of 128."""
+    return max(8, min(128, 2**20 // math.prod(shape[1:])))
 
 
 class _Tally:
     """Counts over batches: exact, whatever the batch size."""
 
-    def __init__(self, classes: int, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.n = 0
         self._loss = 0.0
         self._top5 = 0
-        self._seen = torch.zeros(classes, dtype=torch.int64, device=device)
-        self._right = torch.zeros(classes, dtype=torch.int64, device=device)
+        self._seen: Tensor | None = None  # images of each class
+        self._right: Tensor | None = None  # and how many of them were recognised
 
     def add(self, z: Tensor, y: Tensor) -> None:
-        classes = len(self._seen)
+        classes = z.shape[1]
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
             wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
             raise CoppiceError(f"the data has the label {wrong}, the model {classes} outputs: give the data it was trained on")
@@ -98,10 +107,13 @@ class _Tally:
         self.n += len(y)
         self._loss += loss
         self._top5 += int(ranked.sum())
-        self._seen += torch.bincount(y, minlength=classes)
-        self._right += torch.bincount(y[ranked[:, 0]], minlength=classes)
+        seen, right = (torch.bincount(part, minlength=classes).cpu() for part in (y, y[ranked[:, 0]]))
+        self._seen = seen if self._seen is None else self._seen + seen
+        self._right = right if self._right is None else self._right + right
 
     def metrics(self) -> Metrics:
+        if self._seen is None or self._right is None or self.n == 0:
+            raise CoppiceError("there are no images to evaluate on")
         right = int(self._right.sum())
         counts = zip(self._right.tolist(), self._seen.tolist(), strict=True)
         return Metrics(

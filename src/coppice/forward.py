@@ -55,6 +55,19 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def weights_in(model: nn.Module, layout: torch.memory_format) -> Iterator[None]:
+    """Lay the convolution weights out for `layout` once instead of in every call, and put the very same tensors back afterwards."""
+    originals = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dim() == 4]
+    try:
+        for parameter, data in originals:
+            parameter.data = data.contiguous(memory_format=layout)
+        yield
+    finally:
+        for parameter, data in originals:
+            parameter.data = data
+
+
 def inference_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
     """channels_last, with which convolutions are faster on CPUs and GPUs alike, unless the model fails on it (as `view` of a map does)."""
     try:

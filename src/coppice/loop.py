@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from coppice.allocate import plan as make_plan
+from coppice.allocate import smallest
 from coppice.config import RunConfig
 from coppice.cost import Cost
 from coppice.coupling import couple
@@ -196,34 +197,23 @@ def _smallest(bench: Workbench, history: list[Snapshot]) -> Snapshot:
     """
     config = bench.run.config
     short = max(1, config.recipe.epochs // 3) if config.recipe.epochs else 0
-    low, high = 0.0, 1.0
+    low, high = smallest(bench.coupling, config.round_to, config.min_width).macs / bench.cost.macs, 1.0
     held: list[float] = []
     for trial in range(1, config.trials + 1):
         middle = (low + high) / 2
-        if _trial_holds(bench, f"trial {trial}, ", history, middle, short):
+        tried = _approach(bench, f"trial {trial}, ", history, {"macs": middle * bench.cost.macs}, 1, short, 1)
+        if _holds_floor(bench, history[0], tried):
             held.append(middle)
             high = middle
         else:
             low = middle
-    candidates = sorted(held) or [high if high < 1 else low]
+    candidates = sorted(held) or [middle]
     for fraction in candidates:
         prefix = f"{fraction:.3g} of MACs, "
         reached = _approach(bench, prefix, history, {"macs": fraction * bench.cost.macs}, config.steps, config.recipe.epochs, config.rounds)
         if _holds_floor(bench, history[0], reached):
             break
     return reached
-
-
-def _trial_holds(bench: Workbench, prefix: str, history: list[Snapshot], fraction: float, epochs: int) -> bool:
-    config = bench.run.config
-    budgets = {"macs": fraction * bench.cost.macs}
-    control = score(bench.dense, bench.coupling, "random", None, None, config.seed)
-    try:
-        make_plan(bench.coupling, control, budgets, allocation=config.allocation, round_to=config.round_to, min_width=config.min_width)
-    except CoppiceError:  # below the smallest width that the grid allows
-        return False
-    reached = _approach(bench, prefix, history, budgets, 1, epochs, 1)
-    return _holds_floor(bench, history[0], reached)
 
 
 def interpolate(budgets: Mapping[str, float], dense: Cost, part: float) -> dict[str, float]:
@@ -250,7 +240,7 @@ def _verdict(bench: Workbench, dense: Snapshot, reached: Snapshot) -> tuple[bool
     parts, met = [], True
     for key, budget in config.target.resolve(bench.cost).items():
         holds = reached.cost[key] <= budget
-        parts.append(f"{_share(bench, reached, key)} ({'within' if holds else 'over'} the target of {humanise(budget, key)})")
+        parts.append(f"{_share(bench, reached, key)}, {'within' if holds else 'over'} the target of {humanise(budget, key)}")
         met &= holds
     if not config.target:
         parts.append(_share(bench, reached, "macs"))
@@ -258,9 +248,9 @@ def _verdict(bench: Workbench, dense: Snapshot, reached: Snapshot) -> tuple[bool
     moved = f"validation top-1 {'down' if drop >= 0 else 'up'} {abs(drop):.2f} points"
     if config.max_drop is not None:
         holds = _holds_floor(bench, dense, reached)
-        moved += f" ({'within' if holds else 'over'} the limit of {config.max_drop:g})"
+        moved += f", {'within' if holds else 'over'} the limit of {config.max_drop:g}"
         met &= holds
-    said = f"{', '.join([*parts, moved])}"
+    said = "; ".join([*parts, moved])
     return met, said + (
         "." if met else ": the floor on accuracy does not hold at this size; try more epochs, more steps, or a milder target."
     )

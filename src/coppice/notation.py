@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 
 _LETTER = "[a-z][a-z0-9]*!?"
 _TOKEN = re.compile(rf"\(((?:{_LETTER}|~)(?: (?:{_LETTER}|~))*)\)|(~\.\.\.)|(~)|(\.\.\.)|({_LETTER})")
@@ -55,7 +55,7 @@ class Line:
         return self.letters(self.operands) - self.letters(self.results)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Line:
     """Parse one line of the notation. ValueError with the offending text where it is malformed."""
     left, arrow, right = text.partition("->")

@@ -62,7 +62,9 @@ class Plan:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CoppiceError(f"not a pruning plan ({type(error).__name__}: {error}); give a plan.json that coppice wrote") from None
         if raw.get("format") != FORMAT:
-            raise CoppiceError(f"the plan has format {raw.get('format')!r}, this version reads {FORMAT}; use the coppice version that wrote it")
+            raise CoppiceError(
+                f"the plan has format {raw.get('format')!r}, this version reads {FORMAT}; use the coppice version that wrote it"
+            )
         for axis in axes:
             if sorted(set(axis.keep)) != list(axis.keep) or not axis.keep or axis.keep[0] < 0 or axis.keep[-1] >= axis.width:
                 raise CoppiceError(f"the plan's axis {axis.name} keeps indices that are not increasing within 0..{axis.width - 1}")
@@ -122,7 +124,9 @@ def compose(first: Plan, second: Plan) -> Plan:
         if again is None:
             axes.append(axis)
         elif again.width != len(axis.keep):
-            raise CoppiceError(f"two cuts don't fit together on axis {axis.name}: {len(axis.keep)} indices kept, then {again.width} expected")
+            raise CoppiceError(
+                f"two cuts don't fit together on axis {axis.name}: {len(axis.keep)} indices kept, then {again.width} expected"
+            )
         else:
             axes.append(PlannedAxis(axis.name, axis.width, tuple(axis.keep[k] for k in again.keep)))
     if any(len(axis.keep) < axis.width for axis in later.values()):

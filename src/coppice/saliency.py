@@ -64,7 +64,12 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def score(
-    model: Any, coupling: Coupling, criterion: str = "l1", batches: Iterable[Any] | None = None, loss: Callable[..., Any] | None = None, seed: int = 0
+    model: Any,
+    coupling: Coupling,
+    criterion: str = "l1",
+    batches: Iterable[Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    seed: int = 0,
 ) -> Scores:
     """The score of every index of every prunable axis: axis id -> array of the axis's width; low means it can go.
 

@@ -6,6 +6,7 @@ Everything random in an epoch (order, augmentation, dropout) derives from (seed,
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from coppice.checkpoint import load_facts, load_state, save_checkpoint
 from coppice.data import ImageData, Loaders, batches, raw_batches, sample_batches
 from coppice.errors import CoppiceError
 from coppice.evaluate import evaluate
-from coppice.forward import device_of, forward, pick_precision, training_layout, training_mode
+from coppice.forward import device_of, forward, pick_precision, training_layout, training_mode, weights_in
 from coppice.recipe import Recipe
 from coppice.seeding import generator, seeded
 
@@ -68,15 +69,17 @@ def fine_tune(
     history = [EpochResult(**result) for result in facts["history"]]
     if checkpoint is not None and history:
         load_state(checkpoint, model, optimizer)
-    run = _Run(model, teacher if recipe.distill > 0 else None, data, recipe, optimizer, layout, seed, steps, progress)
+    teacher = teacher if recipe.distill > 0 else None
+    run = _Run(model, teacher, data, recipe, optimizer, layout, seed, steps, progress)
     try:
-        for epoch in range(len(history) + 1, recipe.epochs + 1):
-            history.append(run.epoch(epoch))
-            if checkpoint is not None:
-                facts |= {"precision": precision, "history": [asdict(result) for result in history]}
-                save_checkpoint(checkpoint, model, optimizer, facts)
-            if on_epoch is not None:
-                on_epoch(history[-1])
+        with nullcontext() if teacher is None else weights_in(teacher, layout):
+            for epoch in range(len(history) + 1, recipe.epochs + 1):
+                history.append(run.epoch(epoch))
+                if checkpoint is not None:
+                    facts |= {"precision": precision, "history": [asdict(result) for result in history]}
+                    save_checkpoint(checkpoint, model, optimizer, facts)
+                if on_epoch is not None:
+                    on_epoch(history[-1])
     finally:
         optimizer.zero_grad()
         model.to(memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Kept values are copied bit for bit; ``requires_grad``, dtype, device and tied parameters stay as they are.
     CoppiceError where the plan belongs to another model.
     """
-    return _edited_copy(model, plan, lambda tensor, masks: _slice(tensor, masks) if masks else None)
+    return _edited_copy(model, plan, lambda tensor, masks: sliced(tensor, masks) if masks else None)
 
 
 def build(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
@@ -67,9 +67,11 @@ def slice_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, pr
         slots = state["state"][index]
         for key, value in slots.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                slots[key] = _slice(value, changed[name])
+                slots[key] = sliced(value, changed[name])
                 if slots[key].shape != sizes[name].shape:
-                    raise CoppiceError(f"the pruned model's {name} does not have the plan's shape; give the model that the plan was applied to")
+                    raise CoppiceError(
+                        f"the pruned model's {name} does not have the plan's shape; give the model that the plan was applied to"
+                    )
     return state
 
 
@@ -111,7 +113,8 @@ def set_size(module: nn.Module, attribute: str, value: int | list[int]) -> None:
         setattr(module, attribute, value)
 
 
-def _slice(tensor: Tensor, masks: list[Mask]) -> Tensor:
+def sliced(tensor: Tensor, masks: list[Mask]) -> Tensor:
+    """A copy of ``tensor`` restricted to the indices whose mask is True, dim by dim."""
     out = tensor.detach()
     for dim, mask in enumerate(masks):
         if not mask.all():

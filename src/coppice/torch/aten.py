@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -223,7 +223,10 @@ TABLE: Table = {
     **_each("addmm", _addmm),
     **_each("bmm", _on("bmm", "self", "mat2")),
     **_each("baddbmm", _on("bmm", "batch1", "batch2", "self")),
-    **_each("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm_with_update", _batch_norm),
+    **_each(
+        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm_with_update",
+        _batch_norm,
+    ),
     **_each("native_layer_norm", _layer_norm),
     **_each("_fused_rms_norm rms_norm", _rms_norm),
     **_each("native_group_norm", _group_norm),
@@ -242,9 +245,15 @@ TABLE: Table = {
         "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d mkldnn_adaptive_avg_pool2d",
         lambda c: ("spatial2d", [c.x], {}),
     ),
-    **_each("max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d", lambda c: ("spatial3d", [c.x], {})),
+    **_each(
+        "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d",
+        lambda c: ("spatial3d", [c.x], {}),
+    ),
     **_each("upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d avg_pool1d", lambda c: ("spatial1d", [c.x], {})),
-    **_each("view _unsafe_view _reshape_alias reshape unsqueeze squeeze view_copy _reshape_copy flatten unflatten", lambda c: ("view", [c.x], {})),
+    **_each(
+        "view _unsafe_view _reshape_alias reshape unsqueeze squeeze view_copy _reshape_copy flatten unflatten",
+        lambda c: ("view", [c.x], {}),
+    ),
     **_each("permute", _permute(lambda c: _dims(c["dims"], len(c.x.shape)))),
     **_each("transpose", _permute(_swap)),
     **_each("t", _permute(lambda c: _identity_map(c)[::-1])),
@@ -262,7 +271,10 @@ TABLE: Table = {
     **_each("sort argsort", _reordering("dim")),
     **_each("sum", _reduction("summed")),
     **_each("mean amax amin max min var std var_mean std_mean logsumexp prod any all linalg_vector_norm norm", _reduction("mixed")),
-    **_each("zeros ones full empty arange rand randn scalar_tensor new_zeros new_ones new_full new_empty linspace eye empty_strided", lambda c: ("fresh", [], {})),
+    **_each(
+        "zeros ones full empty arange rand randn scalar_tensor new_zeros new_ones new_full new_empty linspace eye empty_strided",
+        lambda c: ("fresh", [], {}),
+    ),
     **_each("zeros_like ones_like full_like empty_like rand_like randn_like", lambda c: ("pointwise", [c.x], {})),
     **_each(
         "clone alias detach _to_copy contiguous lift_fresh lift copy native_dropout dropout where masked_fill fill fill_ zero bernoulli _prelu_kernel "
@@ -272,7 +284,7 @@ TABLE: Table = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_pointwise(func: Any) -> bool:
     """Whether PyTorch itself tags ``func``, or the functional form of an in-place op, as pointwise."""
     if torch.Tag.pointwise in func.tags:
@@ -282,7 +294,7 @@ def is_pointwise(func: Any) -> bool:
     return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
 
 
-@lru_cache(maxsize=None)
+@cache
 def base_name(func: Any) -> str:
     """``aten.add_.Tensor`` -> ``add``; ``torchvision.roi_align.default`` -> ``roi_align``."""
     return str(func._schema.name.partition("::")[2].removesuffix("_"))

@@ -15,11 +15,21 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from coppice.coupling import Coupling
+from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op, Value
 from coppice.torch.aten import Call, Ref, refs_in, translate
 
 # Ops that neither compute nor move anything worth a line in the graph.
-IGNORED = {"aten::_assert_async", "aten::record_stream", "aten::is_pinned", "profiler::_record_function_enter_new", "profiler::_record_function_exit"}
+IGNORED = {
+    "aten::_assert_async",
+    "aten::record_stream",
+    "aten::is_pinned",
+    "profiler::_record_function_enter_new",
+    "profiler::_record_function_exit",
+}
+
+
+OnOp = Callable[[Op, list[Tensor]], None]
 
 
 @dataclass(slots=True)
@@ -59,9 +69,9 @@ class Replayable:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every op that runs inside the ``with`` block; ``on_op`` is called after each."""
+    """Writes down every op that runs inside the ``with`` block; ``on_op(op, results)`` is called after each."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], on_op: Callable[[Op, list[Value]], None] | None = None) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], on_op: OnOp | None = None) -> None:
         super().__init__()
         self.values: list[Value] = []
         self.ops: list[Op] = []
@@ -102,7 +112,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        if name.startswith("prim::") or name in IGNORED or (name == "aten::as_strided_" and tuple(args[1]) == tuple(args[0].shape)):  # only normalises strides
+        if (
+            name.startswith("prim::") or name in IGNORED or (name == "aten::as_strided_" and tuple(args[1]) == tuple(args[0].shape))
+        ):  # only normalises strides
             return func(*args, **kwargs)
         ref_args = tree_map_only(Tensor, self.ref, args)
         ref_kwargs = tree_map_only(Tensor, self.ref, kwargs)
@@ -126,7 +138,7 @@ class Recorder(TorchDispatchMode):
         )
         self.ops.append(op)
         if self._on_op is not None:
-            self._on_op(op, self.values)
+            self._on_op(op, [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)])
         return result
 
 
@@ -153,7 +165,10 @@ def _tracking_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         stack.pop()
 
-    hooks = [nn.modules.module.register_module_forward_pre_hook(enter), nn.modules.module.register_module_forward_hook(leave, always_call=True)]
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
     try:
         yield
     finally:
@@ -177,13 +192,15 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def record(model: nn.Module, inputs: tuple[Any, ...], on_op: Callable[[Op, list[Value]], None] | None = None) -> tuple[Recorder, Any]:
-    """Run ``model(*inputs)`` under a :class:`Recorder`; answers the recorder and the model's output."""
+def record(model: nn.Module, inputs: tuple[Any, ...], on_op: OnOp | None = None) -> tuple[Recorder, Any, Exception | None]:
+    """Run ``model(*inputs)`` under a :class:`Recorder`; answers the recorder, the model's output, and what the code raised, if it did."""
     with quiet_eval(model):
         recorder = Recorder(model, inputs, on_op)
-        with _tracking_modules(model, recorder.stack), recorder:
-            output = model(*inputs)
-    return recorder, output
+        try:
+            with _tracking_modules(model, recorder.stack), recorder:
+                return recorder, model(*inputs), None
+        except Exception as error:  # user code may raise anything at all; every caller looks at what came back
+            return recorder, None, error
 
 
 def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
@@ -192,7 +209,11 @@ def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
     The first dim of the first input tensor is taken as the batch; costs are counted per sample.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    recorder, output = record(model, inputs)
+    recorder, output, error = record(model, inputs)
+    if error is not None:
+        raise CoppiceError(
+            f"the model's forward pass fails on the example inputs ({type(error).__name__}: {error}); check their shapes"
+        ) from error
     outputs = tuple(dict.fromkeys(recorder.ref(t).id for t in tree_flatten(output)[0] if isinstance(t, Tensor)))
     first = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
     batch = int(first.shape[0]) if first is not None and first.dim() > 3 else 1

@@ -47,7 +47,10 @@ class Replay:
         self.coupling, self.keep = coupling, keep
         self.env: dict[int, Tensor] = {}
         graph = coupling.graph
-        named: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        named: dict[str, Tensor] = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         for value in graph.weights():
             self.env[value.id] = in_double(named[value.names[0]]).clone()
         self.env.update({k: in_double(v).clone() for k, v in graph.origin.constants.items()})
@@ -68,7 +71,9 @@ class Replay:
                 ends.setdefault(k, []).append(value)
         return ends
 
-    def run(self, scalars: Mapping[int, Replayable] | None = None, watch: Callable[[int, list[Tensor]], None] | None = None) -> list[Tensor]:
+    def run(
+        self, scalars: Mapping[int, Replayable] | None = None, watch: Callable[[int, list[Tensor]], None] | None = None
+    ) -> list[Tensor]:
         """The graph's outputs. ``scalars``: calls of the pruned model whose numbers (a mean's divisor, an attention's scale) replace the dense
         ones; ``watch(op index, results)`` sees every op's results, restricted to the kept indices.
         """
@@ -95,7 +100,9 @@ class Replay:
 
     def _call(self, call: Replayable, get: Callable[[Ref], Tensor]) -> Any:
         args, kwargs = tree_map_only(Ref, get, (in_double(call.args), in_double(call.kwargs)))
-        func = torch.ops.aten.reshape.default if call.func is torch.ops.aten.view.default else call.func  # a masked operand may have other strides
+        func = (
+            torch.ops.aten.reshape.default if call.func is torch.ops.aten.view.default else call.func
+        )  # a masked operand may have other strides
         return func(*args, **kwargs)
 
     def _masked(self, ref: Ref, masked: Mapping[int | None, int]) -> Tensor:

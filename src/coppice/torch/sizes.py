@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from coppice.axes import Axis, Form, atoms, factors, find, pin, product_of
 from coppice.cost import width
 from coppice.coupling import Coupling
-from coppice.graph import Kind, Op
+from coppice.graph import Kind
 from coppice.torch.apply import set_size
 from coppice.torch.capture import record
 from coppice.torch.known import bind_known_modules
@@ -87,23 +87,11 @@ class _Search:
     def _run(self, widths: dict[Axis, int]) -> int | None:
         shapes = planned_shapes(self.coupling, widths)
         want = [Step(s.index, s.name, tuple(shapes[v] for v in self.coupling.graph.ops[s.index].outputs[:1])) for s in self.dense]
-        ops: list[Op] = []
-        values: list[Any] = []
-
-        def on_op(op: Op, seen: list[Any]) -> None:
-            ops.append(op)
-            values[:] = [seen]
-
-        finished = True
         with FakeTensorMode(allow_non_fake_inputs=True) if self.fake else torch.random.fork_rng(devices=[]):
             model, inputs = self._shrunk(shapes, widths)
-            try:
-                record(model, inputs, on_op)
-            except Exception:  # whatever the user's code raises at odd sizes: only where it stopped counts
-                finished = False
-        seen = values[0] if values else []
-        have = steps(ops, [v.shape for v in seen])
-        return first_difference(want, have, finished)
+            recorder, _, error = record(model, inputs)
+        have = steps(recorder.ops, [v.shape for v in recorder.values])
+        return first_difference(want, have, error is None)
 
     def _shrunk(self, shapes: list[tuple[int, ...]], widths: dict[Axis, int]) -> tuple[nn.Module, tuple[Any, ...]]:
         """The model at the trial's shapes, holding no values."""

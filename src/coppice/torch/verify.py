@@ -1,8 +1,8 @@
 """Verification: proof that the pruned model computes what the plan promises. Always on; a mismatch is an error, never a saved file.
 
-Checked, in this order: every tensor has the planned shape; every op of the pruned model's forward gives the planned shapes, in lockstep with
-the dense recording; the sliced model equals the oracle (``coppice.torch.replay``: the dense program with the removed indices out
-of effect) in double precision; kept weights are the dense ones, bit for bit.
+Checked, in this order: every tensor is the kept part of the dense one, bit for bit; every op of the pruned model's forward gives the planned
+shapes, in lockstep with the dense recording; the pruned model equals the oracle (``coppice.torch.replay``: the dense program with the
+removed indices out of effect) in double precision.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_flatten
 from coppice.axes import Axis, atoms
 from coppice.coupling import Coupling, Mask
 from coppice.errors import VerificationError
+from coppice.graph import Op
 from coppice.planning import Plan
-from coppice.torch.capture import Recorder, Replayable, record
+from coppice.torch.apply import sliced
+from coppice.torch.capture import OnOp, Recorder, record
 from coppice.torch.lockstep import Step, first_difference, planned_shapes, steps
 from coppice.torch.replay import Replay, in_double
 
@@ -38,7 +40,11 @@ class Verification:
 
 
 def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) -> Verification:
-    """Compare ``pruned`` with what ``plan`` makes of ``model``. VerificationError names the op, the module and the axes."""
+    """Compare ``pruned`` with what ``plan`` makes of ``model``, before any fine-tuning. VerificationError names the op, module and axes.
+
+    The two run twice: with their own weights, and with the same random weights put in both, since trained (or zero-initialised) weights can
+    hide a mistake.
+    """
     start = time.perf_counter()
     checked = [_check_tensors(model, pruned, plan)]
     by_name = {a.name: a for a in coupling.prunable}
@@ -47,74 +53,57 @@ def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) 
         mask = np.zeros(axis.width, bool)
         mask[list(axis.keep)] = True
         keep[by_name[axis.name].atom] = mask
-    double = copy.deepcopy(pruned).double()
-    inputs = in_double(coupling.graph.origin.inputs)
-    recorder, output = _run(double, inputs, coupling)
-    numbers = _check_steps(recorder, coupling, {a: int(m.sum()) for a, m in keep.items()}, checked)
-    error = _check_outputs(model, output, coupling, keep, recorder, numbers)
-    checked.append(f"sliced equals the oracle in fp64 (relative error {error:.1e})")
-    return Verification(error, tuple(checked), time.perf_counter() - start)
+    worst = 0.0
+    for weights in ("its own", "random"):
+        dense = copy.deepcopy(model).double()
+        small = copy.deepcopy(pruned).double()
+        if weights == "random":
+            _randomise(dense, small, plan)
+        error = _Comparison(dense, small, coupling, keep).error()
+        worst = max(worst, error)
+        checked.append(f"with {weights} weights, sliced equals the oracle in fp64 (relative error {error:.1e})")
+    checked.insert(1, f"{len(coupling.graph.ops)} recorded ops, each with the planned shapes")
+    return Verification(worst, tuple(checked), time.perf_counter() - start)
+
+
+def _randomise(dense: nn.Module, small: nn.Module, plan: Plan) -> None:
+    """The same random weights in both: scaled by fan-in, positive where there is one a channel (a variance must be)."""
+    generator = torch.Generator().manual_seed(0)
+    changed = plan.changed()
+    tensors = _tensors(small)
+    done: set[int] = set()
+    buffers = {name for name, _ in dense.named_buffers()}
+    for name, tensor in _tensors(dense).items():
+        if id(tensor) in done or not tensor.is_floating_point() or (name in buffers and "running_" not in name):
+            continue
+        done.add(id(tensor))
+        noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+        fan_in = max(1, tensor[0].numel()) if tensor.dim() > 1 else 0
+        tensor.data.copy_((noise - 0.45) * (3.0 / fan_in) ** 0.5 if fan_in else 0.5 + noise)
+        masks = changed.get(name)
+        tensors[name].data.copy_(sliced(tensor, masks) if masks else tensor)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _check_tensors(model: nn.Module, pruned: nn.Module, plan: Plan) -> str:
-    dense = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    small = {**dict(pruned.named_parameters(remove_duplicate=False)), **dict(pruned.named_buffers(remove_duplicate=False))}
+    """Every tensor is the dense one's kept part, bit for bit."""
+    dense, small = _tensors(model), _tensors(pruned)
     changed = plan.changed()
     if dense.keys() != small.keys():
-        raise VerificationError(f"the pruned model has other tensors than the dense one: {sorted(dense.keys() ^ small.keys())[0]}")
+        raise VerificationError(f"the pruned model has other tensors than the dense one: {min(dense.keys() ^ small.keys())}")
     for name, tensor in dense.items():
         masks = changed.get(name)
-        shape = tuple(int(m.sum()) for m in masks) if masks else tuple(tensor.shape)
-        if tuple(small[name].shape) != shape:
-            raise VerificationError(f"{name} has shape {tuple(small[name].shape)}, the plan says {shape} (axes {plan.tensors.get(name)})")
-    return f"{len(dense)} tensors have the planned shapes"
-
-
-def _run(double: nn.Module, inputs: Any, coupling: Coupling) -> tuple[Recorder, Any]:
-    done = 0
-
-    def count(*_: Any) -> None:
-        nonlocal done
-        done += 1
-
-    try:
-        return record(double, inputs, count)
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError, ZeroDivisionError) as error:
-        ops = coupling.graph.ops
-        op = ops[min(done, len(ops) - 1)]
-        raise VerificationError(f"the pruned model fails after {done} ops, about {op.name} in {_place(op.module)}: {error}") from error
-
-
-def _check_steps(recorder: Recorder, coupling: Coupling, widths: dict[Axis, int], checked: list[str]) -> dict[int, Replayable]:
-    """Planned shapes at every op; answers the pruned model's calls by dense op, for the numbers that its code computed."""
-    shapes = planned_shapes(coupling, widths)
-    graph = coupling.graph
-    dense = [Step(s.index, s.name, tuple(shapes[v] for v in graph.ops[s.index].outputs[:1])) for s in steps(graph.ops, [v.shape for v in graph.values])]
-    small = steps(recorder.ops, [v.shape for v in recorder.values])
-    at = first_difference(dense, small, finished=True)
-    if at is not None:
-        op = graph.ops[dense[at].index]
-        have = f"{small[at].name} {list(small[at].shapes)}" if at < len(small) else "nothing"
-        axes = sorted({a.name for v in op.outputs for d in coupling.dims[v] for atom in atoms(d) for a in coupling.prunable if a.atom is atom})
-        raise VerificationError(
-            f"{op.name} in {_place(op.module)} gives {have}, the plan says {dense[at].name} {list(dense[at].shapes)} (axes {', '.join(axes) or 'none'})"
-        )
-    checked.append(f"{len(dense)} ops give the planned shapes")
-    return {a.index: recorder.ops[b.index].call for a, b in zip(dense, small, strict=True)}
-
-
-def _check_outputs(
-    model: nn.Module, output: Any, coupling: Coupling, keep: dict[Axis, Mask], recorder: Recorder, numbers: dict[int, Replayable]
-) -> float:
-    have = list({id(t): t for t in tree_flatten(output)[0] if isinstance(t, Tensor)}.values())
-    want = Replay(coupling, model, coupling.graph.origin.inputs, keep).run(numbers)
-    worst = 0.0
-    for a, b in zip(have, want, strict=True):
-        error = relative_error(a, b)
-        if not error <= TOLERANCE:
-            raise VerificationError(f"the pruned model's output is off by {error:.1e} of its scale; {_first_wrong(model, coupling, keep, recorder, numbers)}")
-        worst = max(worst, error)
-    return worst
+        want = sliced(tensor, masks) if masks else tensor
+        if tuple(small[name].shape) != tuple(want.shape):
+            raise VerificationError(
+                f"{name} has shape {tuple(small[name].shape)}, the plan says {tuple(want.shape)} (axes {plan.tensors.get(name)})"
+            )
+        if not torch.equal(torch.nan_to_num(small[name]), torch.nan_to_num(want)):
+            raise VerificationError(f"{name} does not hold the dense model's kept values; verify right after apply, before any training")
+    return f"{len(dense)} tensors hold the dense model's kept values"
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -129,12 +118,80 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return gap / max(b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0, 1e-300)
 
 
-def _first_wrong(model: nn.Module, coupling: Coupling, keep: dict[Axis, Mask], recorder: Recorder, numbers: dict[int, Replayable]) -> str:
-    """Replay both in lockstep and name the first op whose results differ."""
-    ours = {index: k for k, index in enumerate(numbers)}
-    results: dict[int, list[Tensor]] = {}
-    Replay(coupling, model, coupling.graph.origin.inputs, keep).run(numbers, lambda k, outs: results.update({k: [t.clone() for t in outs[:1]]}) if k in ours else None)
-    return f"compare {len(results)} ops, first op {coupling.graph.ops[min(results)].name}"
+@dataclass(slots=True)
+class _Comparison:
+    """The pruned model ``small`` against the oracle of ``dense``, both in double precision."""
+
+    dense: nn.Module
+    small: nn.Module
+    coupling: Coupling
+    keep: dict[Axis, Mask]
+
+    def error(self) -> float:
+        """The largest relative error of any output; VerificationError where an op's shapes or an output's values disagree."""
+        recorder, output = self._record()
+        pairs = self._paired(recorder)
+        have = {id(t): t for t in tree_flatten(output)[0] if isinstance(t, Tensor)}.values()
+        want = self._replay().run({k: recorder.ops[j].call for k, j in pairs.items()})
+        worst = max((relative_error(a, b) for a, b in zip(have, want, strict=True)), default=0.0)
+        if not worst <= TOLERANCE:
+            raise VerificationError(
+                f"the pruned model's output is off by {worst:.1e} of its scale; the first op that differs is {self._first_wrong(pairs)}"
+            )
+        return worst
+
+    def _replay(self) -> Replay:
+        return Replay(self.coupling, self.dense, self.coupling.graph.origin.inputs, self.keep)
+
+    def _record(self, on_op: OnOp | None = None) -> tuple[Recorder, Any]:
+        recorder, output, error = record(self.small, in_double(self.coupling.graph.origin.inputs), on_op)
+        if error is not None:
+            ops = self.coupling.graph.ops
+            op = ops[min(len(recorder.ops), len(ops) - 1)]
+            raise VerificationError(
+                f"the pruned model fails after {len(recorder.ops)} ops, about {op.name} in {_place(op.module)}: {error}"
+            ) from error
+        return recorder, output
+
+    def _paired(self, recorder: Recorder) -> dict[int, int]:
+        """Dense op -> op of the pruned model's run, after checking that each gives the planned shapes."""
+        graph = self.coupling.graph
+        shapes = planned_shapes(self.coupling, {a: int(m.sum()) for a, m in self.keep.items()})
+        dense = [
+            Step(s.index, s.name, tuple(shapes[v] for v in graph.ops[s.index].outputs[:1]))
+            for s in steps(graph.ops, [v.shape for v in graph.values])
+        ]
+        small = steps(recorder.ops, [v.shape for v in recorder.values])
+        at = first_difference(dense, small, finished=True)
+        if at is not None:
+            op = graph.ops[dense[at].index]
+            have = f"{small[at].name} {list(small[at].shapes)}" if at < len(small) else "nothing"
+            raise VerificationError(
+                f"{op.name} in {_place(op.module)} gives {have}, the plan says {dense[at].name} {list(dense[at].shapes)} (axes {self._axes_of(op)})"
+            )
+        return {a.index: b.index for a, b in zip(dense, small, strict=True)}
+
+    def _first_wrong(self, pairs: dict[int, int]) -> str:
+        """Run both again in lockstep and name the first op whose results differ."""
+        have: list[Tensor | None] = []
+        recorder, _ = self._record(lambda op, outs: have.append(outs[0].clone() if outs else None))
+        wrong: list[int] = []
+
+        def watch(k: int, outs: list[Tensor]) -> None:
+            ours = have[pairs[k]] if k in pairs else None
+            if ours is not None and outs and not wrong and not relative_error(ours, outs[0]) <= TOLERANCE:
+                wrong.append(k)
+
+        self._replay().run({k: recorder.ops[j].call for k, j in pairs.items()}, watch)
+        if not wrong:
+            return "none: the outputs are put together differently"
+        op = self.coupling.graph.ops[wrong[0]]
+        return f"{op.name} in {_place(op.module)} (axes {self._axes_of(op)})"
+
+    def _axes_of(self, op: Op) -> str:
+        names = {a.atom: a.name for a in self.coupling.prunable}
+        found = dict.fromkeys(names[atom] for v in op.outputs for d in self.coupling.dims[v] for atom in atoms(d) if atom in names)
+        return ", ".join(found) or "none"
 
 
 def _place(module: str) -> str:
