@@ -26,7 +26,7 @@ FINEST = 32  # steps an axis is cut in at most: finer steps cost time and change
 
 @dataclass(slots=True, eq=False)
 class Bundle:
-    """Axes whose widths move in proportion, mostly one. ``levels``: the shares of ``whole`` it may keep, rising; ``at``: the present one."""
+    """Axes whose widths move in proportion, mostly one. ``levels``: the parts of ``whole`` it may keep, rising; ``at``: the present one."""
 
     axes: list[PrunableAxis]
     whole: int
@@ -39,12 +39,18 @@ class Bundle:
 
 
 def plan(
-    coupling: Coupling, scores: Scores, target: Mapping[str, float], allocation: str = "global", round_to: int = 8, min_width: int = 8
+    coupling: Coupling,
+    scores: Scores,
+    target: Mapping[str, float],
+    allocation: str = "global",
+    round_to: int = 8,
+    min_width: int = 8,
 ) -> Plan:
     """Choose what stays so that the cost meets ``target`` (absolute budgets: ``macs``, ``params``, ``bytes``).
 
-    ``global``: the steps with the least score for what they save go first, wherever they are. ``uniform``: every axis keeps the same
-    share. Within an axis the lowest scores go. No dim gets narrower than ``min_width`` (where it was wider).
+    ``global``: the cheapest steps go first, wherever they are: least score for what they save where scores are in one unit (loss), else
+    least mean score (each axis against its own mean). ``uniform``: every axis keeps the same share. Within an axis the lowest scores go.
+    No dim gets narrower than ``min_width`` (where it was wider).
     CoppiceError where the target can't be reached, with the smallest cost that can.
     """
     if allocation not in ALLOCATIONS:
@@ -114,10 +120,15 @@ class _Allocation:
         return loss
 
     def _price(self, bundle: Bundle, over: Mapping[str, float]) -> float:
-        """Score lost for each unit of excess saved, at this bundle's next step down."""
+        """What this bundle's next step down costs: score for each unit of excess saved, or mean score where scores have no unit."""
         saved = self._saving(bundle, bundle.at - 1)
         gain = sum(saved[k] / amount for k, amount in over.items())
-        return self._loss(bundle, bundle.at - 1) / gain if gain > 0 else math.inf
+        if gain <= 0:
+            return math.inf
+        loss = self._loss(bundle, bundle.at - 1)
+        if self.scores.additive:
+            return loss / gain
+        return loss / sum(bundle.kept(a, bundle.at) - bundle.kept(a, bundle.at - 1) for a in bundle.axes)
 
     def cut_globally(self) -> None:
         spent = self.total()

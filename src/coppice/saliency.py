@@ -20,7 +20,17 @@ from coppice.errors import CoppiceError
 from coppice.graph import Kind
 
 Array = NDArray[Any]
-Scores = dict[int, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The score of every index, by axis id. ``additive``: scores of different axes are in one unit (loss), so they may be weighed against cost."""
+
+    by_axis: Mapping[int, Array]
+    additive: bool
+
+    def __getitem__(self, axis: int) -> Array:
+        return self.by_axis[axis]
 
 
 def l1(weight: Array, gradient: Array | None) -> Array:
@@ -47,7 +57,7 @@ def taylor(weight: Array, gradient: Array | None) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """``element`` is None for the random control. ``per_axis``: scores are divided by their axis's mean, for a criterion with no common unit."""
+    """``element`` is None for the random control. ``per_axis``: divided by the axis's mean, for criteria without a common unit."""
 
     element: Callable[[Array, Array | None], Array] | None
     needs_gradient: bool
@@ -71,7 +81,7 @@ def score(
     loss: Callable[..., Any] | None = None,
     seed: int = 0,
 ) -> Scores:
-    """The score of every index of every prunable axis: axis id -> array of the axis's width; low means it can go.
+    """The score of every index of every prunable axis; low means it can go.
 
     ``batches`` of ``(inputs, targets)`` and ``loss(outputs, targets)`` are for criteria that need gradients: their element saliency is
     averaged over the batches. ``seed`` is for ``random``. CoppiceError for an unknown criterion, missing batches, or a NaN.
@@ -81,7 +91,7 @@ def score(
     chosen = CRITERIA[criterion]
     if chosen.element is None:
         rng = np.random.default_rng(seed)
-        return {axis.id: rng.random(axis.width) for axis in coupling.prunable}
+        return Scores({axis.id: rng.random(axis.width) for axis in coupling.prunable}, additive=False)
     if chosen.needs_gradient:
         if batches is None:
             raise CoppiceError(f"the criterion {criterion!r} needs calibration batches; give batches of (inputs, targets)")
@@ -92,13 +102,13 @@ def score(
     for axis in coupling.prunable:
         if not np.isfinite(scores[axis.id]).all():
             raise CoppiceError(f"the {criterion} scores of {axis.name} are not finite; look for NaN or infinite weights or losses")
-    return _by_axis_mean(scores) if chosen.per_axis else scores
+    return Scores(_by_axis_mean(scores), additive=False) if chosen.per_axis else Scores(scores, additive=True)
 
 
-def per_index(coupling: Coupling, elements: Mapping[str, Array]) -> Scores:
+def per_index(coupling: Coupling, elements: Mapping[str, Array]) -> dict[int, Array]:
     """Sum element saliencies (parameter name -> array of its shape) over everything that each index of each prunable axis touches."""
     ids = {axis.atom: axis.id for axis in coupling.prunable}
-    scores: Scores = {axis.id: np.zeros(axis.width) for axis in coupling.prunable}
+    scores: dict[int, Array] = {axis.id: np.zeros(axis.width) for axis in coupling.prunable}
     for value in coupling.graph.weights():
         array = elements.get(value.names[0]) if value.kind is Kind.PARAMETER else None
         if array is None:
@@ -110,7 +120,7 @@ def per_index(coupling: Coupling, elements: Mapping[str, Array]) -> Scores:
     return scores
 
 
-def _share_out(axis: Axis, sums: Array, ids: Mapping[Axis, int], scores: Scores) -> None:
+def _share_out(axis: Axis, sums: Array, ids: Mapping[Axis, int], scores: dict[int, Array]) -> None:
     """Add the per-index sums of a dim to the atoms below its axis."""
     axis = find(axis)
     if axis.form is Form.ATOM:
@@ -126,5 +136,5 @@ def _share_out(axis: Axis, sums: Array, ids: Mapping[Axis, int], scores: Scores)
             _share_out(part, grid.sum(axis=tuple(j for j in range(grid.ndim) if j != k)), ids, scores)
 
 
-def _by_axis_mean(scores: Scores) -> Scores:
+def _by_axis_mean(scores: Mapping[int, Array]) -> dict[int, Array]:
     return {k: s / mean if (mean := s.mean()) > 0 else s for k, s in scores.items()}
