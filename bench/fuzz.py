@@ -60,12 +60,13 @@ def summarise(rows: list[Row]) -> dict[str, object]:
         "mismatches": {row.seed: row.mismatch for row in rows if row.mismatch is not None},
         "crashes": {row.seed: row.crash for row in rows if row.crash is not None},
         "zeroed": sum(c.zeroed for c in checked),
-        "replayed": sum(not c.own_class for c in checked),
         "axes": axes,
+        "axes_prunable": sum(c.prunable for c in checked),
         "axes_cut": sum(c.cut for c in checked),
         "prunable_share_mean": sum(shares) / len(shares) if shares else 0.0,
         "prunable_share_median": shares[len(shares) // 2] if shares else 0.0,
         "seconds": sum(row.seconds for row in rows),
+        "pins": dict(sum((Counter(c.pins) for c in checked), Counter()).most_common()),
         "blocks": dict(Counter(name for c in checked for name in c.blocks).most_common()),
         "ops": dict(Counter(name for c in checked for name in c.ops).most_common()),
         "versions": {"coppice": coppice.__version__, "torch": str(torch.__version__), "python": sys.version.split()[0]},
@@ -74,7 +75,7 @@ def summarise(rows: list[Row]) -> dict[str, object]:
 
 def table(summary: dict[str, object]) -> str:
     """The summary as Markdown: totals, failures with their seeds, coverage."""
-    totals = ("seeds", "zeroed", "replayed", "axes", "axes_cut", "prunable_share_mean", "prunable_share_median", "seconds")
+    totals = ("seeds", "zeroed", "axes", "axes_prunable", "axes_cut", "prunable_share_mean", "prunable_share_median", "seconds")
     lines = ["| what | value |", "|---|---|"]
     for name in ("mismatches", "crashes"):
         failed = summary[name]
@@ -85,7 +86,7 @@ def table(summary: dict[str, object]) -> str:
         failed = summary[name]
         assert isinstance(failed, dict)
         lines += [f"\n{name}:"] * bool(failed) + [f"  {seed}: {str(text)[:300]}" for seed, text in failed.items()]
-    for name in ("blocks", "ops"):
+    for name in ("pins", "blocks", "ops"):
         counts = summary[name]
         assert isinstance(counts, dict)
         lines += [f"\n| {name} | calls |", "|---|---|", *(f"| {key} | {count} |" for key, count in counts.items())]

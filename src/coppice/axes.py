@@ -115,7 +115,7 @@ def _compose(parts: list[Axis], form: Form, size: int) -> Axis:
 
 
 def split(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
-    """Refine ``axis`` so that it is the sum of its first ``at`` indices and the rest; None where a cut would fall inside a product's row."""
+    """Refine ``axis`` so that it is the sum of its first ``at`` indices and the rest; None where a part of it can't be cut there."""
     axis = find(axis)
     if axis.form is Form.SUM:
         return _split_sum(axis, at)
@@ -124,14 +124,29 @@ def split(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
         for half in halves:
             half.mixed = axis.mixed
     else:
-        major, *minor = factors(axis)
-        row = math.prod(find(f).size for f in minor)
-        cut = split(major, at // row) if at % row == 0 else None
-        if cut is None:
+        parts = _split_product(axis, at)
+        if parts is None:
             return None
-        halves = (product_of([cut[0], *minor]), product_of([cut[1], *minor]))
+        halves = parts
     axis.form, axis.parts = Form.SUM, halves
     return halves
+
+
+def _split_product(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
+    """Whole rows, then, where the cut falls inside a row, that row by itself, cut in two, then whole rows again."""
+    major, *minor = factors(axis)
+    row = product_of(minor)
+    above, inside = divmod(at, find(row).size)
+    top = split(major, above) if above else (Axis(0), major)
+    if top is None or not inside:
+        return top and (product_of([top[0], row]), product_of([top[1], row]))
+    rest = split(top[1], 1) if find(top[1]).size > 1 else (top[1], Axis(0))
+    cut = split(row, inside)
+    if rest is None or cut is None:
+        return None
+    pin(rest[0], "one row that is cut across")
+    left, right = [product_of([top[0], row])] if above else [], [product_of([rest[1], row])] if find(rest[1]).size else []
+    return sum_of([*left, cut[0]]), sum_of([cut[1], *right])
 
 
 def _split_sum(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
@@ -162,8 +177,8 @@ def factor(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
         rows, columns = Axis(major, axis.pinned), Axis(row, axis.pinned)
         rows.mixed = columns.mixed = axis.mixed
     else:
-        pieces = [factor(t, t.size // row) if t.size % row == 0 else None for t in terms(axis)]
-        if any(p is None for p in pieces):
+        pieces = [factor(t, t.size // row) for t in terms(axis)] if all(t.size % row == 0 for t in terms(axis)) else _rows(axis, major, row)
+        if pieces is None or any(p is None for p in pieces):
             return None
         rows = sum_of([p[0] for p in pieces if p])
         columns = pieces[0][1]  # type: ignore[index]
@@ -171,6 +186,19 @@ def factor(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
             unify(columns, piece[1])  # type: ignore[index]
     axis.form, axis.parts = Form.PRODUCT, (rows, columns)
     return rows, columns
+
+
+def _rows(axis: Axis, major: int, row: int) -> list[tuple[Axis, Axis] | None] | None:
+    """A sum cut into rows across its terms: each row by itself, none of which can go alone."""
+    pieces: list[tuple[Axis, Axis] | None] = []
+    rest = axis
+    for _ in range(major - 1):
+        cut = split(rest, row)
+        if cut is None:
+            return None
+        pieces.append((Axis(1, "one row that is cut across"), cut[0]))
+        rest = cut[1]
+    return [*pieces, (Axis(1, "one row that is cut across"), rest)]
 
 
 def _factor_product(axis: Axis, major: int) -> tuple[Axis, Axis] | None:

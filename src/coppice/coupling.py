@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from coppice.axes import Axis, Form, atoms, find, mix, pin, product_of, terms, unify
 from coppice.cost import Cost, Term
 from coppice.graph import Graph, Kind, Op
-from coppice.movement import SHAPE_RULES, Dims, fixed
+from coppice.movement import SHAPE_RULES, Dims, cut, fixed
 from coppice.notation import Dim, Line, Special, parse, spread
 from coppice.rules import LINES
 
@@ -87,22 +87,28 @@ class Coupling:
     def prunable(self) -> list[PrunableAxis]:
         return [a for a in self.axes if a.pinned is None]
 
-    def bundles(self) -> list[tuple[Axis, ...]]:
-        """The prunable atoms, those tied together as one bundle: their widths move in proportion. A tie to a pinned atom pins the others."""
+    def _tied(self) -> list[tuple[Axis, ...]]:
+        """The ties, those that share an atom joined."""
         group: dict[Axis, dict[Axis, None]] = {}
         for tie in self.ties:
             merged = dict.fromkeys(a for atom in tie for a in (*group.get(find(atom), ()), find(atom)))
             group.update(dict.fromkeys(merged, merged))
-        for merged in group.values():
-            reason = next((a.pinned for a in merged if a.pinned), None)
-            for atom in merged if reason else ():
+        return list(dict.fromkeys(tuple(merged) for merged in group.values()))
+
+    def free_bundles(self) -> list[tuple[Axis, ...]]:
+        """The atoms that may move, those tied together as one bundle; a bundle with a pinned atom can't move and is left out."""
+        bundle_of = {a: bundle for bundle in self._tied() for a in bundle}
+        found = dict.fromkeys(bundle_of.get(axis.atom, (axis.atom,)) for axis in self.prunable)
+        return [bundle for bundle in found if all(a.pinned is None for a in bundle)]
+
+    def bundles(self) -> list[tuple[Axis, ...]]:
+        """The prunable atoms, those tied together as one bundle, in proportion. A tie to a pinned atom pins the others."""
+        for bundle in self._tied():
+            reason = next((a.pinned for a in bundle if a.pinned), None)
+            for atom in bundle if reason else ():
                 pin(atom, str(reason))
         self.refresh()
-        found: dict[Axis, tuple[Axis, ...]] = {}
-        for axis in self.prunable:
-            bundle = tuple(group.get(axis.atom, (axis.atom,)))
-            found.setdefault(bundle[0], bundle)
-        return list(found.values())
+        return self.free_bundles()
 
     @property
     def pins(self) -> dict[str, list[str]]:
@@ -142,12 +148,12 @@ def couple(graph: Graph) -> Coupling:
         for axis in (a for v in op.others for a in _given(dims, graph, v)):
             pin(axis, f"read by {op.name}, whose rule says nothing about it")
         results, info, products = apply_rule(op, operands, [graph.shape(v) for v in op.outputs])
-        for value, axes in zip(op.outputs, results, strict=True):
-            before = dims[value]
-            if before is not None and graph.values[value].kind is not Kind.INTERMEDIATE:  # written in place
+        for out, axes in zip(op.outputs, results, strict=True):
+            before = dims[out]
+            if before is not None and graph.values[out].kind is not Kind.INTERMEDIATE:  # written in place
                 for old, new in zip(before, axes, strict=True):
                     unify(old, new)
-            dims[value] = axes
+            dims[out] = axes
         infos.append(info)
         macs += [Term("macs", tuple(p), 1, graph.batch) for p in products]
     for v in graph.outputs:
@@ -155,9 +161,9 @@ def couple(graph: Graph) -> Coupling:
             pin(axis, "model output")
     known = [d if d is not None else fixed(v.shape) for d, v in zip(dims, graph.values, strict=True)]
     sizes = [
-        Term(kind, known[v.id], v.itemsize if kind == "bytes" else 1, 1)
-        for v in graph.weights()
-        for kind in (("params", "bytes") if v.kind is Kind.PARAMETER else ("bytes",))
+        Term(kind, known[w.id], w.itemsize if kind == "bytes" else 1, 1)
+        for w in graph.weights()
+        for kind in (("params", "bytes") if w.kind is Kind.PARAMETER else ("bytes",))
     ]
     coupling = Coupling(graph, known, infos, macs + sizes)
     _pin_lone_axes(coupling)
@@ -184,6 +190,8 @@ def apply_rule(op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]) -> t
         info = OpDims([(0, d) for d in op.attrs.get("summed", ())])
         results = SHAPE_RULES[op.rule](operands, shapes, op.attrs)
         info.mixes = [operands[0][d] for d in op.attrs.get("mixed", ())]
+        if "start" in op.attrs:
+            info.letters["start"] = cut(operands[0][op.attrs["dim"]], op.attrs["start"])[0]
         return results, info, []
     rule = LINES[op.rule]
     line = parse(rule.text(op.attrs))
@@ -268,15 +276,9 @@ def _broadcast_ellipsis(spreads: list[list[Dim]], operands: list[Dims], results:
 
 
 def _contracted(line: Line, spreads: list[list[Dim]]) -> list[tuple[int, int]]:
-    """Where a summed-away letter stands first: there a removed index is masked to take it out of the sum."""
-    seen: set[str] = set()
-    places = []
-    for k, dims in enumerate(spreads):
-        for d, dim in enumerate(dims):
-            if isinstance(dim, tuple) and (new := set(dim) & line.contracted - seen):
-                seen |= new
-                places.append((k, d))
-    return places
+    """Where a summed-away letter stands, ``(operand, dim)``: there a removed index is masked to take it out of the sum."""
+    places = [(k, d, dim) for k, dims in enumerate(spreads) for d, dim in enumerate(dims)]
+    return [(k, d) for k, d, dim in places if isinstance(dim, tuple) and set(dim) & line.contracted]
 
 
 def _monomial(

@@ -110,14 +110,15 @@ def take_apart(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> l
     pieces = []
     rest: Axis = dims[dim]
     if start and find(rest).size > start:
-        rest = _cut(rest, start)[1]
+        rest = cut(rest, start)[1]
     for shape in shapes:
-        piece, rest = _cut(rest, shape[dim])
+        piece, rest = cut(rest, shape[dim])
         pieces.append((*dims[:dim], piece, *dims[dim + 1 :]))
     return pieces
 
 
-def _cut(axis: Axis, at: int) -> tuple[Axis, Axis]:
+def cut(axis: Axis, at: int) -> tuple[Axis, Axis]:
+    """The first ``at`` indices of ``axis`` and the rest, as axes; where it can't be cut there, it is pinned."""
     size, pinned = find(axis).size, find(axis).pinned
     if at in (0, size):
         return (axis, Axis(0)) if at else (Axis(0), axis)
@@ -131,13 +132,15 @@ def _cut(axis: Axis, at: int) -> tuple[Axis, Axis]:
 
 
 def pad(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
-    """Constant padding: a fixed part, the axis, a fixed part; a negative amount cuts."""
+    """Constant padding: a fixed part, the axis, a fixed part; a negative amount cuts off as many, whatever the width."""
     out: list[Axis] = []
     for axis, (before, after) in zip(operands[0], attrs["pads"], strict=True):
         if before < 0:
-            axis = _cut(axis, -before)[1]
+            gone, axis = cut(axis, -before)
+            pin(gone, "cut off by a negative padding")
         if after < 0:
-            axis = _cut(axis, find(axis).size + after)[0]
+            axis, gone = cut(axis, find(axis).size + after)
+            pin(gone, "cut off by a negative padding")
         out.append(sum_of([*fixed([max(before, 0)], "zero padding"), axis, *fixed([max(after, 0)], "zero padding")]))
     return [tuple(out)]
 

@@ -35,7 +35,15 @@ def _layer_norm(attrs: dict[str, Any]) -> str:
 def _attention(attrs: dict[str, Any]) -> str:
     """With no scale given, the op scales by the head dim's width itself: it mixes it."""
     depth = "d" if attrs.get("scaled") else "d!"
-    return f"... q {depth}, ... k {depth}, ... k! v, ... q k -> ... q v"
+    return f"... q {depth}, ... k {depth}, ... k! v, ... q k -> ... q v, ... q"
+
+
+def _weight_norm(attrs: dict[str, Any]) -> str:
+    """A weight scaled to a given norm, index by index of dim ``dim``: it mixes all other dims."""
+    letters = [f"c{k}" for k in range(attrs["rank"])]
+    norm = " ".join(c if k == attrs["dim"] else "~" for k, c in enumerate(letters))
+    mixed = " ".join(c if k == attrs["dim"] else f"{c}!" for k, c in enumerate(letters))
+    return f"{mixed}, {norm} -> {' '.join(letters)}, {norm}"
 
 
 LINES: dict[str, Rule] = {
@@ -43,9 +51,12 @@ LINES: dict[str, Rule] = {
     "conv_transpose": Rule("n (g i) ~..., (g i) o ~..., (g o) -> n (g o) ~...", macs=("n g i o ~0 ~1",)),
     "mm": Rule("a b, b c, ... c -> a c", macs=("a b c",)),
     "bmm": Rule("n a b, n b c, n a c -> n a c", macs=("n a b c",)),
+    "mv": Rule("a b, b -> a", macs=("a b",)),
+    "dot": Rule("a, a -> ", macs=("a",)),
+    "weight_norm": Rule(_weight_norm),
     "batch_norm": Rule("n c ..., c, c, c, c -> n c ..."),
     "layer_norm": Rule(_layer_norm),
-    "group_norm": Rule("n (g c!) ..., (g c), (g c) -> n (g c) ..."),
+    "group_norm": Rule("n (g c!) ..., (g c), (g c) -> n (g c) ..., n g, n g"),
     "attention": Rule(_attention, macs=("... q k d", "... q k v")),
     "pixel_shuffle": Rule("... (c ~) ~ ~ -> ... c ~ ~"),
     "pixel_unshuffle": Rule("... c ~ ~ -> ... (c ~) ~ ~"),

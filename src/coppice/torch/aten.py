@@ -222,6 +222,9 @@ TABLE: Table = {
     **_each("mm", _on("mm", "self", "mat2")),
     **_each("addmm", _addmm),
     **_each("bmm", _on("bmm", "self", "mat2")),
+    **_each("mv", _on("mv", "self", "vec")),
+    **_each("dot vdot", _on_all("dot")),
+    **_each("_weight_norm_interface", lambda c: ("weight_norm", [c["v"], c["g"]], {"rank": len(c["v"].shape), "dim": c["dim"]})),
     **_each("baddbmm", _on("bmm", "batch1", "batch2", "self")),
     **_each(
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm_with_update",
@@ -242,7 +245,8 @@ TABLE: Table = {
     **_each("roi_align", _on("roi_align", "input", "rois")),
     **_each(
         "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
-        "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d mkldnn_adaptive_avg_pool2d",
+        "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d "
+        "mkldnn_adaptive_avg_pool2d",
         lambda c: ("spatial2d", [c.x], {}),
     ),
     **_each(
@@ -277,8 +281,8 @@ TABLE: Table = {
     ),
     **_each("zeros_like ones_like full_like empty_like rand_like randn_like", lambda c: ("pointwise", [c.x], {})),
     **_each(
-        "clone alias detach _to_copy contiguous lift_fresh lift copy native_dropout dropout where masked_fill fill fill_ zero bernoulli _prelu_kernel "
-        "prelu hardswish rsub normal uniform expand_as to type_as _conj is_same_size heaviside clamp_min clamp_max lerp",
+        "clone alias detach _to_copy contiguous lift_fresh lift copy native_dropout dropout where masked_fill fill fill_ zero bernoulli "
+        "_prelu_kernel prelu hardswish rsub normal uniform expand_as to type_as _conj is_same_size heaviside clamp_min clamp_max lerp",
         _on_all("pointwise"),
     ),
 }

@@ -14,37 +14,59 @@ from coppice.torch.aten import base_name
 # Whether PyTorch copies depends on strides, so on sizes; a copy changes nothing that is compared here.
 COPIES = {"clone", "alias", "detach", "_to_copy", "contiguous", "lift_fresh", "copy", "empty"}
 VIEWS = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An op that is compared: its index in its own recording, its name, and its results' shapes."""
+    """An op that is compared: its index in its recording, its name, its results' shapes, and the sizes it was told that no shape shows."""
 
     index: int
     name: str
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[Shape, ...]
+    told: tuple[int, ...]
+
+    def agrees(self, other: Step) -> bool:
+        return (self.name, self.shapes, self.told) == (other.name, other.shapes, other.told)
 
 
-def steps(ops: Sequence[Op], shapes: Mapping[int, tuple[int, ...]] | Sequence[tuple[int, ...]]) -> list[Step]:
-    """The ops of a recording that say something, with the shapes of their results."""
+def step(index: int, op: Op, shapes: Sequence[Shape]) -> Step | None:
+    """``op`` of a run, with its results' ``shapes``; None where it says nothing."""
+    name = base_name(op.call.func)
+    if name in COPIES:
+        return None
+    told = [op.attrs["start"]] if "start" in op.attrs else []
+    told += op.attrs.get("sizes", {}).values()
+    told += [n for pair in op.attrs.get("pads", ()) for n in pair]
+    return Step(index, VIEWS.get(name, name), _compared(op, shapes), tuple(told))
+
+
+def planned(coupling: Coupling, widths: Mapping[Axis, int]) -> list[Step]:
+    """The ops of the dense recording that say something, as they must be at the given widths."""
+    shapes = planned_shapes(coupling, widths)
     found = []
-    for k, op in enumerate(ops):
-        name = base_name(op.call.func)
-        if name not in COPIES:
-            found.append(Step(k, VIEWS.get(name, name), tuple(tuple(shapes[v]) for v in op.outputs[:1])))
+    for k, (op, info) in enumerate(zip(coupling.graph.ops, coupling.ops, strict=True)):
+        dense = step(k, op, [shapes[v] for v in op.outputs])
+        if dense is not None:
+            letters = ["start"] * ("start" in op.attrs) + list(op.attrs.get("sizes", ()))
+            told = [width(info.letters[x], widths) if x in info.letters else n for x, n in zip(letters, dense.told, strict=False)]
+            found.append(Step(k, dense.name, dense.shapes, (*told, *dense.told[len(letters) :])))
     return found
 
 
-def planned_shapes(coupling: Coupling, widths: Mapping[Axis, int]) -> list[tuple[int, ...]]:
+def _compared(op: Op, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """All pieces of a tensor that is taken apart; else the first result (the others are statistics for the backward pass)."""
+    return tuple(shapes) if op.rule in ("take_apart", "along") else tuple(shapes[:1])
+
+
+def planned_shapes(coupling: Coupling, widths: Mapping[Axis, int]) -> list[Shape]:
     """The shape of every value of the graph at the given widths."""
     return [tuple(width(axis, widths) for axis in dims) for dims in coupling.dims]
 
 
-def first_difference(dense: list[Step], pruned: list[Step], finished: bool) -> int | None:
-    """The position in ``dense`` where ``pruned`` first disagrees; where it stopped, if it did not finish; None if all agrees."""
-    for k, (want, have) in enumerate(zip(dense, pruned, strict=False)):
-        if want.name != have.name or want.shapes != have.shapes:
+def first_difference(want: Sequence[Step], have: Sequence[Step]) -> int | None:
+    """The position in ``want`` where ``have`` first disagrees or ends; None if all agrees."""
+    for k, (a, b) in enumerate(zip(want, have, strict=False)):
+        if not a.agrees(b):
             return k
-    if finished and len(dense) == len(pruned):
-        return None
-    return min(len(pruned), len(dense) - 1)
+    return None if len(want) == len(have) else min(len(have), len(want) - 1)

@@ -74,8 +74,8 @@ class Replay:
     def run(
         self, scalars: Mapping[int, Replayable] | None = None, watch: Callable[[int, list[Tensor]], None] | None = None
     ) -> list[Tensor]:
-        """The graph's outputs. ``scalars``: calls of the pruned model whose numbers (a mean's divisor, an attention's scale) replace the dense
-        ones; ``watch(op index, results)`` sees every op's results, restricted to the kept indices.
+        """The graph's outputs. ``scalars``: calls of the pruned model whose numbers (a mean's divisor, an attention's scale) replace the
+        dense ones; ``watch(op index, results)`` sees every op's results, restricted to the kept indices.
         """
         with quiet_eval(self.coupling.graph.origin.model):
             for k, op in enumerate(self.coupling.graph.ops):
@@ -92,7 +92,9 @@ class Replay:
         if any(self._cut(a) for axis in info.mixes for a in atoms(axis)):
             outs = self._on_kept(op, index, call)
         else:
-            masked = {op.inputs[k]: dim for k, dim in info.contracted}
+            masked: dict[int | None, list[int]] = {}
+            for k, dim in info.contracted:
+                masked.setdefault(op.inputs[k], []).append(dim)
             outs = _tensors(self._call(call, lambda ref: self._masked(ref, masked)))
         for value, tensor in zip(op.outputs, outs, strict=True):
             self.env[value] = tensor
@@ -105,17 +107,15 @@ class Replay:
         )  # a masked operand may have other strides
         return func(*args, **kwargs)
 
-    def _masked(self, ref: Ref, masked: Mapping[int | None, int]) -> Tensor:
+    def _masked(self, ref: Ref, masked: Mapping[int | None, list[int]]) -> Tensor:
         tensor = self.env[ref.id]
-        if ref.id not in masked:
-            return tensor
-        dim = masked[ref.id]
-        mask = keep_mask(self.coupling.dims[ref.id][dim], self.keep)
-        if mask.all():
-            return tensor
-        shape = [1] * tensor.dim()
-        shape[dim] = -1
-        return torch.where(torch.from_numpy(mask).view(shape), tensor, torch.zeros((), dtype=tensor.dtype))
+        for dim in masked.get(ref.id, ()):
+            mask = keep_mask(self.coupling.dims[ref.id][dim], self.keep)
+            if not mask.all():
+                shape = [1] * tensor.dim()
+                shape[dim] = -1
+                tensor = torch.where(torch.from_numpy(mask).view(shape), tensor, torch.zeros((), dtype=tensor.dtype))
+        return tensor
 
     def _on_kept(self, op: Op, index: int, call: Replayable) -> list[Tensor]:
         """Run the op on the kept indices only, at the sizes that these have, and put the result back among NaN."""
@@ -142,8 +142,8 @@ class Replay:
         shape = [find(a).size for a in dims]
         blank = float("nan") if small.is_floating_point() else 0
         out = torch.full(shape, blank, dtype=small.dtype)
-        if small.dim() != len(shape):
-            return small
+        if list(small.shape) != [int(keep_mask(a, self.keep).sum()) for a in dims]:
+            return small  # statistics for the backward pass, of which the rule says nothing
         places = [torch.from_numpy(np.flatnonzero(keep_mask(a, self.keep))) for a in dims]
         return out.index_put(torch.meshgrid(*places, indexing="ij"), small) if places else small
 

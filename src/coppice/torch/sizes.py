@@ -1,40 +1,37 @@
 """Sizes that the user's code holds: find the attributes that hold a width, and the widths that the code ties together or freezes.
 
-The axes say what a plan may do; the user's Python code must agree, since the pruned model stays the user's own class. So the code is tried:
-the model with every axis cut to an arbitrary width is run on fake tensors, in lockstep with the plan. Where it first disagrees,
-in this order:
+The axes say what a plan may do; the user's Python code must agree, since the pruned model stays the user's own class. So the code is tried
+at arbitrary widths (``coppice.torch.trial``), in lockstep with the plan. Where it first disagrees, in this order:
 
 1. an attribute of the module that runs there (or of one around it) that holds an old size is bound to the axis;
 2. axes are tied, so that their widths stay in proportion, as in ``head_dim = embed_dim // num_heads``, or a ``chunk`` in halves;
 3. the axes of that op are pinned: their size is frozen in the code.
 
-A step is taken only if the run then gets further, and goes for every module of the same class. Runs on fake tensors cost milliseconds.
+A binding or a tie is taken only if the code then gets past that op, and goes for every module of the same class. Each step binds, ties or
+pins something new, so the search ends.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import combinations
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from coppice.axes import Axis, Form, atoms, factors, find, pin, product_of
 from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Kind
-from coppice.torch.apply import set_size
-from coppice.torch.capture import record
 from coppice.torch.known import bind_known_modules
-from coppice.torch.lockstep import Step, first_difference, planned_shapes, steps
+from coppice.torch.trial import Trials
 
-ROUNDS = 3  # trials with different widths after the last change, so that no agreement is a coincidence
+ROUNDS = 4  # trials with different widths after the last change, so that no agreement is a coincidence
+Choice = tuple[str, int | None, int]  # an attribute, its index where it is a sequence, and which of an op's sized axes it holds
 
 
 def bind_sizes(model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
@@ -42,100 +39,64 @@ def bind_sizes(model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) ->
     bind_known_modules(model, coupling)
     search = _Search(model, inputs, coupling)
     seed = agreed = 0
-    while agreed < ROUNDS:
-        at = search.trial(seed)
+    while agreed < ROUNDS and coupling.prunable:
+        at = search.trials.run(search.widths(seed))
         if at is None:
             seed, agreed = seed + 1, agreed + 1
-            continue
-        agreed = 0
-        search.resolve(at, seed)
-    coupling.refresh()
+        else:
+            agreed = 0
+            search.resolve(at, seed)
+            coupling.refresh()
+    coupling.bundles()
 
 
 class _Search:
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
-        self.model, self.inputs, self.coupling = model, inputs, coupling
-        graph = coupling.graph
-        self.dense = steps(graph.ops, [v.shape for v in graph.values])
+        self.coupling = coupling
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.by_module: dict[str, list[int]] = {}
-        for k, op in enumerate(graph.ops):
-            self.by_module.setdefault(op.module, []).append(k)
-        self.fake = True
-        if self._run({}) is not None:
-            self.fake = False  # the model looks at values, or takes other kernels on fake tensors
-        if not self.fake and (at := self._run({})) is not None:
-            self._pin_everything(at)
-
-    # -- trials -----------------------------------------------------------------------------------------------
-
-    def trial(self, seed: int) -> int | None:
-        """The step at which the code disagrees with arbitrary widths drawn from ``seed``; None where it runs through."""
-        return self._run(self.widths(seed))
+        self.by_module: dict[str, list[int]] = defaultdict(list)
+        for k, op in enumerate(coupling.graph.ops):
+            self.by_module[op.module].append(k)
+        self.trials = Trials(model, inputs, coupling)
+        if self.trials.at_rest is not None:
+            op = coupling.graph.ops[self.trials.steps[self.trials.at_rest].index]
+            for axis in coupling.prunable:
+                pin(axis.atom, f"the code does not run the same ops twice (first at {op.name} in {op.module or 'the model'})")
+            coupling.refresh()
 
     def widths(self, seed: int) -> dict[Axis, int]:
-        """Some eighths of every axis where its size allows: code that divides a width (by heads, by groups) often asserts that it can."""
-        rng = random.Random(seed)
+        """Widths for every bundle that may move; a bundle's do not depend on the others', so that a tie changes only what it ties.
+
+        Every second trial changes all of them, the first one to some eighths, since code that divides a width (by heads, by groups) often
+        asserts that it can. In the others some keep theirs. Over the trials an axis's widths spell its number (digits: the widths to choose
+        from), so that neighbours of one size don't always agree, nor always differ by 1 only (``(a + b) // 2`` may be a by chance). A width
+        of 1 is left out where there is another: it broadcasts, which hides a wrong size.
+        """
+        ids = {axis.atom: axis.id for axis in self.coupling.axes}
         chosen: dict[Axis, int] = {}
-        for bundle in self.coupling.bundles():
+        for bundle in self.coupling.free_bundles():
             unit = math.gcd(*(a.size for a in bundle))
-            levels = 8 if unit % 8 == 0 else 4 if unit % 4 == 0 else unit
-            part = rng.randint(max(1, levels // 3), max(1, levels - 1))
-            chosen.update({a: a.size // levels * part for a in bundle})
+            levels = next((n for n in (8, 4) if unit % n == 0), unit) if seed == 0 else unit
+            step = [a.size // levels for a in bundle]
+            parts = [k for k in range(levels // 3 + 1, levels) if k * min(step) > 1] or [max(1, levels - 1)]
+            parts += [levels] * (seed % 2)
+            base = len(parts)
+            stride = next(n for n in range(max(1, round(0.4 * base)), base + 2) if math.gcd(n, base) == 1)
+            digit = min(ids[a] for a in bundle) // base ** (seed // 2)
+            part = parts[(digit * stride + random.Random(f"{seed} {unit}").randrange(base)) % base]
+            chosen.update({a: n * part for a, n in zip(bundle, step, strict=True)})
         return chosen
-
-    def _run(self, widths: dict[Axis, int]) -> int | None:
-        shapes = planned_shapes(self.coupling, widths)
-        want = [Step(s.index, s.name, tuple(shapes[v] for v in self.coupling.graph.ops[s.index].outputs[:1])) for s in self.dense]
-        with FakeTensorMode(allow_non_fake_inputs=True) if self.fake else torch.random.fork_rng(devices=[]):
-            model, inputs = self._shrunk(shapes, widths)
-            recorder, _, error = record(model, inputs)
-        have = steps(recorder.ops, [v.shape for v in recorder.values])
-        return first_difference(want, have, error is None)
-
-    def _shrunk(self, shapes: list[tuple[int, ...]], widths: dict[Axis, int]) -> tuple[nn.Module, tuple[Any, ...]]:
-        """The model at the trial's shapes, holding no values."""
-        memo: dict[int, Any] = {}
-        by_name = {name: shapes[v.id] for v in self.coupling.graph.weights() for name in v.names}
-        for named in (self.model.named_parameters, self.model.named_buffers):
-            for name, tensor in named(remove_duplicate=False):
-                if id(tensor) in memo:
-                    continue
-                shape = by_name[name]
-                if self.fake:
-                    new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-                else:
-                    new = tensor.detach()[tuple(slice(0, n) for n in shape)].clone()
-                memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-        model = copy.deepcopy(self.model, memo)
-        for (path, attribute, index), axis in self.coupling.bindings.items():
-            module = model.get_submodule(path)
-            size = width(axis, widths)
-            if index is not None:
-                sizes = list(getattr(module, attribute))
-                sizes[index] = size
-                set_size(module, attribute, sizes)
-            else:
-                set_size(module, attribute, size)
-        inputs = self.inputs
-        if self.fake:
-            inputs = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), inputs)
-        return model, inputs
-
-    # -- resolving a disagreement -----------------------------------------------------------------------------------
 
     def resolve(self, at: int, seed: int) -> None:
         """Bind, tie or pin, so that the code gets past step ``at``."""
-        k = self.dense[at].index
+        k = self.trials.steps[at].index
         widths = self.widths(seed)
-        for step in (self._bind_attribute, self._tie):
-            if step(k, at, seed, widths):
-                return
-        self._pin(k, widths)
 
-    def _gets_further(self, at: int, seed: int) -> bool:
-        after = self.trial(seed)
-        return after is None or after > at
+        def works() -> bool:
+            return self.trials.run(self.widths(seed), until=at) is None
+
+        if not self._bind_attribute(k, works, widths) and not self._tie(k, works, widths):
+            self._pin(k, works, widths)
 
     def _changed(self, axis: Axis, widths: dict[Axis, int]) -> bool:
         return width(axis, widths) != find(axis).size
@@ -153,42 +114,6 @@ class _Search:
             path = path.rpartition(".")[0]
             yield path
 
-    def _bind_attribute(self, k: int, at: int, seed: int, widths: dict[Axis, int]) -> bool:
-        sized = self.sized(k)
-        first = {find(a): i for i, a in reversed(list(enumerate(sized)))}
-        changed = [(i, a.size) for a, i in first.items() if self._changed(a, widths)]
-        for path in self._around(self.coupling.graph.ops[k].module):
-            candidates = list(self._candidates(path, changed))
-            singles = [[c] for c in candidates]
-            for chosen in [*singles, candidates] if len(candidates) > 1 else singles:
-                before = dict(self.coupling.bindings)
-                self._bind_like(path, k, chosen)
-                if self._gets_further(at, seed):
-                    return True
-                self.coupling.bindings.clear()
-                self.coupling.bindings.update(before)
-        return False
-
-    def _candidates(self, path: str, changed: list[tuple[int, int]]) -> Iterator[tuple[str, int | None, int]]:
-        module = self.modules[path]
-        for attribute, value in vars(module).items():
-            held = [(None, value)] if type(value) is int else list(enumerate(value)) if isinstance(value, (tuple, list)) else []
-            for index, number in held:
-                if (path, attribute, index) not in self.coupling.bindings and type(number) is int:
-                    yield from ((attribute, index, position) for position, size in changed if number == size)
-
-    def _bind_like(self, path: str, k: int, chosen: list[tuple[str, int | None, int]]) -> None:
-        """Bind the chosen attributes here and, where they hold the old size too, in every module of the same class."""
-        for other, op in self._alike(path, k):
-            sized = self.sized(op)
-            for attribute, index, position in chosen:
-                value = getattr(self.modules[other], attribute, None)
-                number = value if index is None else value[index] if isinstance(value, (tuple, list)) and len(value) > index else None
-                if position < len(sized) and number == find(sized[position]).size:
-                    self.coupling.bindings[other, attribute, index] = sized[position]
-                    if index is not None:
-                        self.coupling.sequences[other, attribute] = tuple(value)  # type: ignore[arg-type]
-
     def _alike(self, path: str, k: int) -> Iterator[tuple[str, int]]:
         """``(path, op)`` first, then the same op in every other module of the class of the module at ``path``."""
         yield path, k
@@ -201,9 +126,71 @@ class _Search:
                 if ordinal < len(there) and self.coupling.graph.ops[there[ordinal]].rule == op.rule:
                     yield other, there[ordinal]
 
-    def _tie(self, k: int, at: int, seed: int, widths: dict[Axis, int]) -> bool:
+    # -- attributes ---------------------------------------------------------------------------------------------
+
+    def _bind_attribute(self, k: int, works: Callable[[], bool], widths: dict[Axis, int]) -> bool:
+        sized = self.sized(k)
+        first = {find(a): i for i, a in reversed(list(enumerate(sized)))}
+        changed = sorted((i, a.size) for a, i in first.items() if self._changed(a, widths))
+        for path in self._around(self.coupling.graph.ops[k].module):
+            singles = [[c] for c in self._candidates(path, changed)]
+            sequences = list(self._sequences(path, changed))
+            pairs = [[*a, *b] for a, b in combinations(singles, 2) if a[0][:2] != b[0][:2]]
+            for chosen in (*singles, *sequences, *pairs[:32]):
+                before = dict(self.coupling.bindings)
+                self._bind_like(path, k, chosen)
+                if works():
+                    return True
+                self.coupling.bindings.clear()
+                self.coupling.bindings.update(before)
+        return False
+
+    def _held(self, path: str) -> Iterator[tuple[str, int | None, int]]:
+        """``(attribute, index, number)`` of every whole number that the module at ``path`` holds and that is not bound yet."""
+        for attribute, value in vars(self.modules[path]).items():
+            held = [(None, value)] if type(value) is int else list(enumerate(value)) if isinstance(value, (tuple, list)) else []
+            for index, number in held:
+                if type(number) is int and (path, attribute, index) not in self.coupling.bindings:
+                    yield attribute, index, number
+
+    def _candidates(self, path: str, changed: list[tuple[int, int]]) -> Iterator[Choice]:
+        for attribute, index, number in self._held(path):
+            yield from ((attribute, index, position) for position, size in changed if number == size)
+
+    def _sequences(self, path: str, changed: list[tuple[int, int]]) -> Iterator[list[Choice]]:
+        """A whole sequence at once: its numbers are the sizes of axes in the same order (the pieces of a split)."""
+        numbers: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for attribute, index, number in self._held(path):
+            if index is not None:
+                numbers[attribute].append((index, number))
+        for attribute, items in numbers.items():
+            left = list(changed)
+            chosen: list[Choice] = []
+            for index, number in items:
+                position = next((p for p, size in left if size == number), None)
+                if position is not None:
+                    chosen.append((attribute, index, position))
+                    left = [(p, size) for p, size in left if p != position]
+            if len(chosen) > 1:
+                yield chosen
+
+    def _bind_like(self, path: str, k: int, chosen: list[Choice]) -> None:
+        """Bind the chosen attributes here and, where they hold the old size too, in every module of the same class."""
+        for other, op in self._alike(path, k):
+            sized = self.sized(op)
+            for attribute, index, position in chosen:
+                value = getattr(self.modules[other], attribute, None)
+                number = value if index is None else value[index] if isinstance(value, (tuple, list)) and len(value) > index else None
+                if position < len(sized) and number == find(sized[position]).size:
+                    self.coupling.bindings[other, attribute, index] = sized[position]
+                    if index is not None:
+                        self.coupling.sequences[other, attribute] = tuple(value)  # type: ignore[arg-type]
+
+    # -- ties ---------------------------------------------------------------------------------------------------
+
+    def _tie(self, k: int, works: Callable[[], bool], widths: dict[Axis, int]) -> bool:
         for choice in self._tie_choices(k, widths):
-            if self._try_tie([choice(op) for _, op in self._alike(self.coupling.graph.ops[k].module, k)], at, seed):
+            if self._try_tie([choice(op) for _, op in self._alike(self.coupling.graph.ops[k].module, k)], works):
                 return True
         return False
 
@@ -214,7 +201,7 @@ class _Search:
         own, read = self._own(k), self._entering(k)
         for i, mine in enumerate(own):
             for j, theirs in enumerate(read):
-                if theirs is not mine and theirs.size == mine.size and self._changed(theirs, widths):
+                if theirs is not mine and theirs.size == mine.size and (self._changed(theirs, widths) or self._changed(mine, widths)):
                     yield partial(self._pair, i, j)
 
     def _pieces(self, k: int) -> list[Axis]:
@@ -238,47 +225,69 @@ class _Search:
         activations = [v for v in values if self.coupling.graph.values[v].kind is Kind.INTERMEDIATE]
         return list(dict.fromkeys(find(a) for v in activations for a in self.coupling.dims[v]))
 
-    def _try_tie(self, sets: list[list[Axis]], at: int, seed: int) -> bool:
+    def _try_tie(self, sets: list[list[Axis]], works: Callable[[], bool]) -> bool:
         """Tie every set of axes that can be; keep it so if the code gets further."""
+        bundle_of = {a: bundle for bundle in self.coupling.free_bundles() for a in bundle}
         ties, pinned = len(self.coupling.ties), []
         for axes in sets:
             free = [_free(a) for a in axes]
             moving = tuple(dict.fromkeys(a for f in free if f for a in f[0]))
             still = [a for f in free if f for a in f[1]]
-            if None in free or len(moving) < 2 or set(moving) & set(still):
+            if None in free or set(moving) & set(still) or len({bundle_of.get(a, (a,)) for a in moving}) < 2:  # already in proportion
                 continue
             for a in still:
-                pinned.append((a, a.pinned))
-                pin(a, "the code works its size out from other widths")
+                if a.pinned is None:
+                    pinned.append(a)
+                    pin(a, "the code works its size out from other widths")
             self.coupling.ties.append(moving)
-        if len(self.coupling.ties) > ties and self._gets_further(at, seed):
+        if len(self.coupling.ties) > ties and works():
             return True
         del self.coupling.ties[ties:]
-        for a, reason in pinned[::-1]:
-            a.pinned = reason
+        for a in pinned:
+            a.pinned = None
         return False
 
-    def _pin(self, k: int, widths: dict[Axis, int]) -> None:
-        op = self.coupling.graph.ops[k]
-        where = type(self.modules[op.module]).__name__
-        pinned = False
-        for _, other in self._alike(op.module, k):
-            told = [a for v in self.coupling.graph.ops[other].outputs for a in self.coupling.dims[v]]
-            for axes in ([*told, *self.coupling.ops[other].letters.values()], self.sized(other)):
-                changed = {atom for axis in axes for atom in atoms(axis) if self._changed(atom, widths)}
-                for atom in changed:
-                    pin(atom, f"its size is frozen in the code of {where}")
-                pinned = pinned or bool(changed)
-                if changed:
-                    break
-        if not pinned:
-            self._pin_everything(next(i for i, s in enumerate(self.dense) if s.index == k))
+    # -- pins ---------------------------------------------------------------------------------------------------
 
-    def _pin_everything(self, at: int) -> None:
-        op = self.coupling.graph.ops[self.dense[at].index]
-        for axis in self.coupling.prunable:
-            pin(axis.atom, f"the code does not run the same ops twice (first at {op.name} in {op.module or 'the model'})")
-        self.coupling.refresh()
+    def _pin(self, k: int, works: Callable[[], bool], widths: dict[Axis, int]) -> None:
+        """Pin the axes of op ``k``; where it has none to blame, those of the ops before it in the module, then in the modules around it."""
+        graph, path = self.coupling.graph, self.coupling.graph.ops[k].module
+        for around in self._around(path):
+            reason = f"its size is frozen in the code of {type(self.modules[around]).__name__}"
+            before = [i for i, op in enumerate(graph.ops[: k + 1]) if _inside(op.module, around)]
+            outputs = [a for v in graph.ops[k].outputs for a in self.coupling.dims[v]]
+            for axes in ([*outputs, *self.coupling.ops[k].letters.values()], self.sized(k), [a for i in before for a in self.sized(i)]):
+                changed = {atom: None for axis in axes for atom in atoms(axis) if self._changed(atom, widths)}
+                if changed:
+                    self._pin_least(list(changed), works, reason)
+                    if type(self.modules[path]).__module__.partition(".")[0] != "torch":  # else the code around it is to blame
+                        self._pin_alike(k, widths, reason)
+                    return
+        for atom in widths:  # nothing that ran so far has another width, and still the code took another way
+            pin(atom, f"the code does not run the same ops at other widths (first at {graph.ops[k].name} in {path or 'the model'})")
+
+    def _pin_least(self, changed: list[Axis], works: Callable[[], bool], reason: str) -> None:
+        """One of the axes if that is enough (a frozen number of heads leaves their width free), or all."""
+        for atom in sorted(changed, key=lambda a: a.size) if 1 < len(changed) <= 4 else ():
+            atom.pinned = reason
+            if works():
+                return
+            atom.pinned = None
+        for atom in changed:
+            pin(atom, reason)
+
+    def _pin_alike(self, k: int, widths: dict[Axis, int], reason: str) -> None:
+        """In every module of the same class, what the same op's result has at the place of an axis that was pinned here."""
+        mine = [atom for v in self.coupling.graph.ops[k].outputs for axis in self.coupling.dims[v] for atom in atoms(axis)]
+        for _, other in self._alike(self.coupling.graph.ops[k].module, k):
+            theirs = [atom for v in self.coupling.graph.ops[other].outputs for axis in self.coupling.dims[v] for atom in atoms(axis)]
+            for here, there in zip(mine, theirs, strict=False):
+                if here.pinned == reason and len(mine) == len(theirs):
+                    pin(there, reason)
+
+
+def _inside(path: str, around: str) -> bool:
+    return not around or path == around or path.startswith(around + ".")
 
 
 def _within(axis: Axis) -> Iterator[Axis]:
@@ -301,15 +310,16 @@ def _runs(axis: Axis) -> Iterator[Axis]:
 
 
 def _free(axis: Axis) -> tuple[list[Axis], list[Axis]] | None:
-    """The atoms that must move in proportion for ``axis`` to scale, and those that must stand still; None where it can't scale."""
+    """The atoms that must move in proportion for ``axis`` to scale, and those that must stand still; None where nothing of it can move.
+
+    Fixed parts of a sum stay as they are; whether the code works with that is for a trial to say.
+    """
     axis = find(axis)
     if axis.form is Form.ATOM:
-        return None if axis.pinned else ([axis], [])
+        return None if axis.pinned or axis.size == 1 else ([axis], [])
     if axis.form is Form.SUM:
-        parts = [_free(p) for p in axis.parts]
-        if any(p is None for p in parts):
-            return None
-        return [a for p in parts if p for a in p[0]], [a for p in parts if p for a in p[1]]
+        parts = [p for p in map(_free, axis.parts) if p is not None]
+        return ([a for p in parts for a in p[0]], [a for p in parts for a in p[1]]) if parts else None
     loose = [(find(p).size, k) for k, p in enumerate(axis.parts) if _free(p) is not None]
     if not loose:
         return None

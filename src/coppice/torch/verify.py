@@ -1,8 +1,8 @@
 """Verification: proof that the pruned model computes what the plan promises. Always on; a mismatch is an error, never a saved file.
 
-Checked, in this order: every tensor is the kept part of the dense one, bit for bit; every op of the pruned model's forward gives the planned
-shapes, in lockstep with the dense recording; the pruned model equals the oracle (``coppice.torch.replay``: the dense program with the
-removed indices out of effect) in double precision.
+Checked, in this order: every tensor is the kept part of the dense one, bit for bit; every op of the pruned model's forward gives the
+planned shapes, in lockstep with the dense recording; the pruned model equals the oracle (``coppice.torch.replay``: the dense program
+with the removed indices out of effect) in double precision.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from coppice.graph import Op
 from coppice.planning import Plan
 from coppice.torch.apply import sliced
 from coppice.torch.capture import OnOp, Recorder, record
-from coppice.torch.lockstep import Step, first_difference, planned_shapes, steps
+from coppice.torch.lockstep import Step, first_difference, planned, step
 from coppice.torch.replay import Replay, in_double
 
 TOLERANCE = 1e-7  # of the largest output; double precision leaves nine more orders for a real mistake to show
@@ -32,11 +33,14 @@ TOLERANCE = 1e-7  # of the largest output; double precision leaves nine more ord
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """``max_error`` is relative to the largest output; ``checked`` says what was compared, in words."""
+    """``max_error`` is relative to the largest output; ``checked`` says what was compared, in words; ``detour`` is the first op at which
+    the code took another way than at the dense widths.
+    """
 
     max_error: float
     checked: tuple[str, ...]
     seconds: float
+    detour: str | None = None
 
 
 def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) -> Verification:
@@ -59,11 +63,15 @@ def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) 
         small = copy.deepcopy(pruned).double()
         if weights == "random":
             _randomise(dense, small, plan)
-        error = _Comparison(dense, small, coupling, keep).error()
+        comparison = _Comparison(dense, small, coupling, keep)
+        error = comparison.error()
         worst = max(worst, error)
         checked.append(f"with {weights} weights, sliced equals the oracle in fp64 (relative error {error:.1e})")
-    checked.insert(1, f"{len(coupling.graph.ops)} recorded ops, each with the planned shapes")
-    return Verification(worst, tuple(checked), time.perf_counter() - start)
+    if comparison.detour is None:
+        checked.insert(1, f"{len(coupling.graph.ops)} recorded ops, each with the planned shapes")
+    else:
+        checked.insert(1, f"recorded ops up to {comparison.detour}, each with the planned shapes; from there the code takes another way")
+    return Verification(worst, tuple(checked), time.perf_counter() - start, comparison.detour)
 
 
 def _randomise(dense: nn.Module, small: nn.Module, plan: Plan) -> None:
@@ -126,13 +134,17 @@ class _Comparison:
     small: nn.Module
     coupling: Coupling
     keep: dict[Axis, Mask]
+    detour: str | None = None  # the first op at which the pruned model's code takes another way
 
     def error(self) -> float:
         """The largest relative error of any output; VerificationError where an op's shapes or an output's values disagree."""
         recorder, output = self._record()
         pairs = self._paired(recorder)
         have = {id(t): t for t in tree_flatten(output)[0] if isinstance(t, Tensor)}.values()
-        want = self._replay().run({k: recorder.ops[j].call for k, j in pairs.items()})
+        try:
+            want = self._replay().run({k: recorder.ops[j].call for k, j in pairs.items()})
+        except RuntimeError as error:
+            raise VerificationError(f"the oracle can't be computed, so nothing proves this plan right: {error}") from error
         worst = max((relative_error(a, b) for a, b in zip(have, want, strict=True)), default=0.0)
         if not worst <= TOLERANCE:
             raise VerificationError(
@@ -146,30 +158,39 @@ class _Comparison:
     def _record(self, on_op: OnOp | None = None) -> tuple[Recorder, Any]:
         recorder, output, error = record(self.small, in_double(self.coupling.graph.origin.inputs), on_op)
         if error is not None:
-            ops = self.coupling.graph.ops
-            op = ops[min(len(recorder.ops), len(ops) - 1)]
+            dense, small = self._steps(recorder)
+            op = self.coupling.graph.ops[dense[first_difference(dense, small) or 0].index]
             raise VerificationError(
-                f"the pruned model fails after {len(recorder.ops)} ops, about {op.name} in {_place(op.module)}: {error}"
+                f"the pruned model fails at {op.name} in {_place(op.module)} (axes {self._axes_of(op)}): {error}"
             ) from error
         return recorder, output
 
+    def _steps(self, recorder: Recorder) -> tuple[list[Step], list[Step]]:
+        """What the plan says and what ran."""
+        runs = [step(k, op, [recorder.values[v].shape for v in op.outputs]) for k, op in enumerate(recorder.ops)]
+        return planned(self.coupling, {a: int(m.sum()) for a, m in self.keep.items()}), [s for s in runs if s is not None]
+
     def _paired(self, recorder: Recorder) -> dict[int, int]:
-        """Dense op -> op of the pruned model's run, after checking that each gives the planned shapes."""
+        """Dense op -> op of the pruned model's run, after checking that each gives the planned shapes.
+
+        Code may take another way at other widths (``einsum`` does where one is 1): then only those ops are paired that both ways share, and
+        what the others compute is for the outputs to show.
+        """
         graph = self.coupling.graph
-        shapes = planned_shapes(self.coupling, {a: int(m.sum()) for a, m in self.keep.items()})
-        dense = [
-            Step(s.index, s.name, tuple(shapes[v] for v in graph.ops[s.index].outputs[:1]))
-            for s in steps(graph.ops, [v.shape for v in graph.values])
-        ]
-        small = steps(recorder.ops, [v.shape for v in recorder.values])
-        at = first_difference(dense, small, finished=True)
-        if at is not None:
-            op = graph.ops[dense[at].index]
-            have = f"{small[at].name} {list(small[at].shapes)}" if at < len(small) else "nothing"
+        dense, small = self._steps(recorder)
+        at = first_difference(dense, small)
+        if at is None:
+            return {a.index: b.index for a, b in zip(dense, small, strict=True)}
+        op = graph.ops[dense[at].index]
+        if at < len(small) and small[at].name == dense[at].name:
             raise VerificationError(
-                f"{op.name} in {_place(op.module)} gives {have}, the plan says {dense[at].name} {list(dense[at].shapes)} (axes {self._axes_of(op)})"
+                f"{op.name} in {_place(op.module)} gives {_sizes(small[at])}, the plan says {_sizes(dense[at])} (axes {self._axes_of(op)})"
             )
-        return {a.index: b.index for a, b in zip(dense, small, strict=True)}
+        self.detour = f"{op.name} in {_place(op.module)}"
+        ours = [(graph.ops[s.index].module, s.name, s.shapes) for s in dense]
+        theirs = [(recorder.ops[s.index].module, s.name, s.shapes) for s in small]
+        blocks = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+        return {dense[b.a + k].index: small[b.b + k].index for b in blocks for k in range(b.size)}
 
     def _first_wrong(self, pairs: dict[int, int]) -> str:
         """Run both again in lockstep and name the first op whose results differ."""
@@ -192,6 +213,10 @@ class _Comparison:
         names = {a.atom: a.name for a in self.coupling.prunable}
         found = dict.fromkeys(names[atom] for v in op.outputs for d in self.coupling.dims[v] for atom in atoms(d) if atom in names)
         return ", ".join(found) or "none"
+
+
+def _sizes(step: Step) -> str:
+    return f"{list(step.shapes)}" + (f" told {list(step.told)}" if step.told else "")
 
 
 def _place(module: str) -> str:
