@@ -1,29 +1,34 @@
-# Everything runs in .venv, which is made once (the stamp file) and again only when pyproject.toml changes.
+# Everything runs in .venv, which is made once (the stamp files) and again only when pyproject.toml changes.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+RUNTIME := .venv/.runtime
+DEVELOP := .venv/.develop
 
 .PHONY: demo test lint format types clean
 
-demo: $(STAMP)
+demo: $(RUNTIME)
 	$(BIN)/coppice demo --out runs/demo --fresh
 
-test: $(STAMP)
+test: $(DEVELOP)
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(STAMP)
+format: $(DEVELOP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(STAMP)
+types: $(DEVELOP)
 	$(BIN)/mypy
 
-$(STAMP): pyproject.toml
+$(RUNTIME): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[torch,vision,onnx,cli,demo]'
+	touch $@
+
+$(DEVELOP): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet -e '.[all,dev]'
 	touch $@
 

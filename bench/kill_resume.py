@@ -2,12 +2,15 @@
 
     python bench/kill_resume.py --runs 10 --kills 1 --seed 0 --json kill_resume.json
 
-The job is the demo's network with two cuts, in fp32 on one thread. Moments are drawn uniformly over the length of the undisturbed run.
+The job is the demo's network with two cuts, in fp32 on one thread. Moments are drawn uniformly over the undisturbed run, from when its
+folder was there (before that, while Python imports its packages, there is nothing to lose) to its end. A kill that comes too late, after
+the run has ended, is drawn again.
 """
 
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,11 +62,15 @@ def start(job: Path, out: Path) -> subprocess.Popen[str]:
     )
 
 
-def undisturbed(job: Path, out: Path) -> float:
-    """Run to the end; answers the seconds it took."""
+def undisturbed(job: Path, out: Path) -> tuple[float, float]:
+    """Run to the end; answers the seconds until the folder was made and until the end."""
     began = time.perf_counter()
-    finish(start(job, out))
-    return time.perf_counter() - began
+    process = start(job, out)
+    while process.poll() is None and not (out / "config.toml").exists():
+        time.sleep(0.02)
+    made = time.perf_counter() - began
+    finish(process)
+    return made, time.perf_counter() - began
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -72,12 +79,12 @@ def finish(process: subprocess.Popen[str]) -> None:
         raise RuntimeError(f"the run ended with status {process.returncode}:\n{said}")
 
 
-def disturbed(job: Path, out: Path, kills: int, length: float, dice: random.Random, expected: Path) -> Outcome:
-    """Start the run, kill it `kills` times, let it finish, compare."""
+def disturbed(job: Path, out: Path, kills: int, span: tuple[float, float], dice: random.Random, expected: Path) -> Outcome:
+    """Start the run, kill it `kills` times, let it finish, compare. A run that ended before it could be killed is started over."""
     moments, stages = [], []
-    for _ in range(kills):
+    while len(moments) < kills:
         process = start(job, out)
-        moment = dice.uniform(0, length)
+        moment = dice.uniform(*span)
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
@@ -85,7 +92,12 @@ def disturbed(job: Path, out: Path, kills: int, length: float, dice: random.Rand
             moments.append(round(moment, 2))
             journal = out / "journal.json"
             stages.append(len(json.loads(journal.read_text())) if journal.exists() else 0)
-        process.communicate()
+        said = process.communicate()[0]
+        if process.returncode > 0:
+            raise RuntimeError(f"the run ended with status {process.returncode}:\n{said}")
+        if (out / "manifest.json").exists():
+            shutil.rmtree(out)
+            moments, stages = [], []
     finish(start(job, out))
     return Outcome(
         moments,
@@ -120,17 +132,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = prepare(folder, options.epochs)
-        length = undisturbed(settings, folder / "undisturbed")
-        print(f"undisturbed: {length:.1f} s\n{'run':>4} {'killed after (s)':<24} {'stages done':<12} plan metrics weights")
+        span = undisturbed(settings, folder / "undisturbed")
+        print(f"undisturbed: {span[1]:.1f} s, the first {span[0]:.1f} s importing")
+        print(f"{'run':>4} {'killed after (s)':<24} {'stages done':<12} plan    metrics weights")
         for number in range(options.runs):
-            outcome = disturbed(settings, folder / f"run-{number}", options.kills, length, dice, folder / "undisturbed")
+            outcome = disturbed(settings, folder / f"run-{number}", options.kills, span, dice, folder / "undisturbed")
             outcomes.append(outcome)
             marks = " ".join(f"{'same' if ok else 'DIFFERS':<7}" for ok in (outcome.same_plan, outcome.same_metrics, outcome.same_weights))
             print(f"{number:>4} {outcome.killed_after!s:<24} {outcome.finished_stages!s:<12} {marks}", flush=True)
     killed = sum(len(outcome.killed_after) for outcome in outcomes)
     print(f"{killed} kills in {len(outcomes)} runs, {sum(outcome.same for outcome in outcomes)} ended as the undisturbed run")
     if options.json:
-        options.json.write_text(json.dumps({"undisturbed_seconds": length, "runs": [asdict(o) for o in outcomes]}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"undisturbed_seconds": span[1], "runs": [asdict(o) for o in outcomes]}, indent=1) + "\n")
     return 0 if all(outcome.same for outcome in outcomes) else 1
 
 

@@ -9,7 +9,7 @@ from kill_resume import disturbed, prepare, undisturbed
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     job = prepare(tmp_path, epochs=3)
     expected = tmp_path / "undisturbed"
-    length = undisturbed(job, expected)
-    outcome = disturbed(job, tmp_path / "killed", 3, length, random.Random(20), expected)
+    span = undisturbed(job, expected)
+    outcome = disturbed(job, tmp_path / "killed", 3, span, random.Random(20), expected)
     assert outcome.killed_after, "no kill hit the run"
     assert outcome.same, outcome

@@ -171,6 +171,8 @@ def factor(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
     row, remainder = divmod(axis.size, major)
     if remainder:
         return None
+    if 1 in (major, row):
+        return (Axis(1), axis) if major == 1 else (axis, Axis(1))
     if axis.form is Form.PRODUCT:
         return _factor_product(axis, major)
     if axis.form is Form.ATOM:
@@ -233,11 +235,8 @@ def unify(a: Axis, b: Axis) -> bool:
     if a.form is not Form.ATOM and b.form is Form.ATOM:
         a, b = b, a
     if a.form is not Form.ATOM:
-        if a.form is b.form is Form.PRODUCT:
-            fits = _align(factors(a), factors(b), factor)
-        else:
-            fits = _align(terms(a), terms(b), split)
-        if not fits:
+        products = a.form is b.form is Form.PRODUCT
+        if not (_align(factors(a), factors(b), factor) if products else _align(terms(a), terms(b), split)):
             return _conflict(a, b, "is cut in two ways that share no refinement")
         a, b = find(a), find(b)
         if a is b:

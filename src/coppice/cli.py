@@ -1,7 +1,6 @@
 """The command line: `coppice inspect | prune | eval | export | demo`.
 
-Exit status: 0 done, 1 a fault of ours, 2 bad input (one sentence on stderr), 3 done but the target or the floor does not hold,
-130 interrupted.
+Exit status: 0 done, 1 a fault of ours, 2 bad input or a target or floor that does not hold (one sentence on stderr), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ def prune(
     schedule: Annotated[Text, typer.Option("--schedule", help="cosine or onecycle [cosine]")] = None,
     warmup: Annotated[float | None, typer.Option("--warmup", help="part of the steps spent warming up")] = None,
     label_smoothing: Annotated[float | None, typer.Option("--label-smoothing", help="[0]")] = None,
-    distill: Annotated[float | None, typer.Option("--distill", help="weight of distillation from the dense model [0: off]")] = None,
+    distill: Annotated[float | None, typer.Option("--distill", help="weight of the dense model's predictions, 0: off [0.7]")] = None,
     precision: Annotated[Text, typer.Option("--precision", help="auto, fp32 or bf16 [auto]")] = None,
     augment: Annotated[Text, typer.Option("--augment", help="light, crop or none [light]")] = None,
     seed: Seed = None,
@@ -339,9 +338,11 @@ def _finish(folder: Path, work: Callable[[], Result]) -> None:
     with _guarded(folder):
         result = work()
     _print_result(result.metrics)
-    typer.echo(result.statement)
     typer.echo(f"report: {folder / 'report.html'}")
-    raise typer.Exit(0 if result.met else 3)
+    if not result.met:
+        _complain(result.statement)
+        raise typer.Exit(2)
+    typer.echo(result.statement)
 
 
 @contextmanager

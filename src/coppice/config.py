@@ -24,6 +24,8 @@ from coppice.saliency import CRITERIA
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
 
+DISTILL = 0.7  # a loop always has the dense model at hand, and its soft labels are worth more than they cost
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -38,7 +40,7 @@ class RunConfig:
     input: tuple[int, ...] = ()  # shape of the example input; (): one image as the data has it
     preprocess: Preprocess = Preprocess()
     target: Target = Target()
-    max_drop: float | None = None  # points of top-1, on the validation split
+    max_drop: float | None = None  # points of top-1: decided on validation, judged on test (coppice.floor)
     criterion: str = "taylor"
     allocation: str = "global"
     round_to: int = 8
@@ -47,7 +49,7 @@ class RunConfig:
     rounds: int = 2  # fine-tunings after the last cut, as long as the floor is not held
     trials: int = 5  # probes of the bisection, when only max_drop is given
     calibration: int = 512  # training images for the scores
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe = field(default_factory=lambda: Recipe(distill=DISTILL))
     seed: int = 0
     threads: int = 0  # 0: one a core; stored as the number used
 

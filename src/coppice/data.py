@@ -182,12 +182,12 @@ def _cut(images: ImageSet, fraction: float, random: np.random.Generator, spec: s
 def _read(examples: Examples, index: int, preprocess: Preprocess, shape: tuple[int, int, int]) -> Tensor:
     """One image as uint8 CHW. Raises CoppiceError if it can't be read, or is not of `shape`."""
     try:
-        content = examples.read(index)
-        if shape[0] == 1 and open_image(content).mode not in GREY_MODES:
+        image = open_image(examples.read(index))
+        if shape[0] == 1 and image.mode not in GREY_MODES:
             raise CoppiceError(
                 f"{examples.name(index)} is in colour, other images in grey: give mean and std three numbers to read all in colour"
             )
-        pixels = decode(content, preprocess, grey=shape[0] == 1)
+        pixels = decode(image, preprocess, grey=shape[0] == 1)
     except (OSError, ValueError) as error:
         raise _unreadable(examples.name(index)) from error
     if pixels.shape != shape:
@@ -208,9 +208,9 @@ def _differs(name: str, size: tuple[int, ...], shape: tuple[int, int, int]) -> C
 def _input_shape(examples: Examples, preprocess: Preprocess) -> tuple[int, int, int]:
     """The shape of the first image: of one channel if it is grey and `mean` does not have three numbers."""
     try:
-        content = examples.read(0)
-        grey = max(len(preprocess.mean), len(preprocess.std)) <= 1 and open_image(content).mode in GREY_MODES
-        channels, height, width = decode(content, preprocess, grey=grey).shape
+        image = open_image(examples.read(0))
+        grey = max(len(preprocess.mean), len(preprocess.std)) <= 1 and image.mode in GREY_MODES
+        channels, height, width = decode(image, preprocess, grey=grey).shape
     except (OSError, ValueError) as error:
         raise _unreadable(examples.name(0)) from error
     return channels, height, width

@@ -71,7 +71,7 @@ def weights_in(model: nn.Module, layout: torch.memory_format) -> Iterator[None]:
 def inference_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
     """channels_last, with which convolutions are faster on CPUs and GPUs alike, unless the model fails on it (as `view` of a map does)."""
     try:
-        with torch.no_grad(), training_mode(model, False):
+        with torch.no_grad(), training_mode(model, False), weights_in(model, torch.channels_last):
             forward(model, x[:2], layout=torch.channels_last)
     except RuntimeError:
         return torch.contiguous_format

@@ -1,7 +1,7 @@
 """The loop around the stages: cut, repair and fine-tune again until the target and the floor on accuracy both hold, or say which can't.
 
-Every decision is taken on the validation split. `prune` runs it on a module and data of your own, `prune_run` on a configuration; it is the
-same loop.
+Every decision is taken on the validation split, the verdict on the test split (see `coppice.floor`). `prune` runs it on a module and data
+of your own, `prune_run` on a configuration; it is the same loop.
 """
 
 from __future__ import annotations
@@ -25,14 +25,27 @@ from coppice.coupling import couple
 from coppice.data import ImageData, Loaders, check_classes, load_data
 from coppice.errors import CoppiceError
 from coppice.finish import finish
-from coppice.forward import logits
+from coppice.floor import has_seen_validation
+from coppice.forward import device_of, logits
 from coppice.models import load_model
 from coppice.planning import Plan
 from coppice.progress import Progress, Silent
-from coppice.run import METRICS, PLAN, Json, Run, check_manifest, create_run, load, read_json, resume_run
+from coppice.report import check_renderer
+from coppice.run import METRICS, PLAN, Json, Run, check_manifest, check_out, create_run, load, read_json, resume_run
 from coppice.saliency import score
 from coppice.seeding import seeded
-from coppice.stages import Data, Snapshot, TrainFunction, Workbench, cut, dense_snapshot, example_input, threads, tune
+from coppice.stages import (
+    Data,
+    Snapshot,
+    TrainFunction,
+    Workbench,
+    cut,
+    dense_snapshot,
+    example_input,
+    test_metrics,
+    threads,
+    tune,
+)
 from coppice.targets import Target, humanise, parse_target
 from coppice.torch.capture import capture
 
@@ -84,6 +97,8 @@ def prune(
     config = RunConfig(target=target, max_drop=max_drop, **settings).absolute()
     images = data if isinstance(data, ImageData | Loaders) else Loaders(*data)
     dense = copy.deepcopy(model).eval()
+    if device_of(dense).type != "cpu":
+        raise CoppiceError(f"the model is on {device_of(dense)}: move it to the CPU (your own training function may use any device)")
     with ExitStack() as stack:
         stack.enter_context(threads(config.threads))
         path = Path(out) if out else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coppice-")))
@@ -96,6 +111,7 @@ def prune(
 def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> Result:
     """Prune what the configuration names into the folder `out`. Bad input is found before the folder is made."""
     config = config.absolute()
+    check_out(out, config)
     with threads(config.threads):
         dense, data = open_inputs(config)
         _check_feasible(dense, data, config)
@@ -123,7 +139,8 @@ def open_inputs(config: RunConfig) -> tuple[nn.Module, ImageData]:
 
 
 def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
-    """Find bad input while nothing has been written: classes, shapes, a target that no cut can reach."""
+    """Find bad input while nothing has been written: classes, shapes, a target that no cut can reach, packages that the end will need."""
+    check_renderer()
     if not config.target and config.max_drop is None:
         raise CoppiceError("nothing to reach: give --target, for example macs=0.5, or --max-drop, or both")
     example = example_input(data)
@@ -235,7 +252,7 @@ def _holds_floor(bench: Workbench, dense: Snapshot, now: Snapshot) -> bool:
 
 
 def _verdict(bench: Workbench, dense: Snapshot, reached: Snapshot) -> tuple[bool, str]:
-    """Whether everything holds, and one sentence that says so or names what does not and how close it came."""
+    """Whether target and floor (on test) hold, and one sentence that says so, or what does not and how close it came."""
     config = bench.run.config
     parts, met = [], True
     for key, budget in config.target.resolve(bench.cost).items():
@@ -244,16 +261,21 @@ def _verdict(bench: Workbench, dense: Snapshot, reached: Snapshot) -> tuple[bool
         met &= holds
     if not config.target:
         parts.append(_share(bench, reached, "macs"))
-    drop = dense.top1 - reached.top1
-    moved = f"validation top-1 {'down' if drop >= 0 else 'up'} {abs(drop):.2f} points"
-    if config.max_drop is not None:
-        holds = _holds_floor(bench, dense, reached)
-        moved += f", {'within' if holds else 'over'} the limit of {config.max_drop:g}"
-        met &= holds
-    said = "; ".join([*parts, moved])
-    return met, said + (
-        "." if met else ": the floor on accuracy does not hold at this size; try more epochs, more steps, or a milder target."
-    )
+    before, after = test_metrics(bench, dense), test_metrics(bench, reached)
+    drop = before["top1"] - after["top1"]
+    parts.append(_floor("test", drop, config.max_drop))
+    validation = _floor("validation", dense.top1 - reached.top1, None)
+    if has_seen_validation(dense.val, before):
+        validation += " (the dense model was trained on those images, which overstates it)"
+    said = "; ".join([*parts, validation])
+    if config.max_drop is not None and drop > config.max_drop + _SLACK:
+        return False, said + ": the floor on accuracy does not hold at this size; try more epochs, more steps, or a milder target."
+    return met, said + "."
+
+
+def _floor(split: str, drop: float, limit: float | None) -> str:
+    moved = f"{split} top-1 {'down' if drop >= 0 else 'up'} {abs(drop):.2f} points"
+    return moved if limit is None else f"{moved}, {'within' if drop <= limit + _SLACK else 'over'} the limit of {limit:g}"
 
 
 def _share(bench: Workbench, reached: Snapshot, key: str) -> str:

@@ -47,7 +47,7 @@ def load_model(spec: str, weights: Path | None = None, num_classes: int | None =
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load the state dict in `path` into `model`, in place. Raises CoppiceError, the model untouched, if it is unreadable or does not fit."""
+    """Load the weights in `path` into `model`, in place. Raises CoppiceError, the model untouched, if it can't be read or doesn't fit."""
     state = read_state(path)
     _check_fits(model, state, path)
     model.load_state_dict(state, strict=False)  # what may be missing was checked above

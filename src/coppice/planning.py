@@ -1,8 +1,8 @@
 """The plan: which indices of which axis stay. The one artefact between deciding and editing; plain JSON.
 
 A plan is complete by itself: for every tensor that changes it has an expression a dim over the axes (``"8 + a0 + 8"``: a fixed part, axis
-``a0``, a fixed part; ``"(a1 a2)"``: a product, major first), and for every module attribute that holds a width its new value. So it is applied,
-and a pruned model is rebuilt from it, without looking at the model's structure again.
+``a0``, a fixed part; ``"(a1 a2)"``: a product, major first), and for every module attribute that holds a width its new value. So it is
+applied, and a pruned model is rebuilt from it, without looking at the model's structure again.
 """
 
 from __future__ import annotations
@@ -156,9 +156,8 @@ def _sequence(tokens: list[str], axes: tuple[PlannedAxis, ...]) -> Mask:
     masks = [_item(tokens, axes)]
     summed = bool(tokens) and tokens[-1] == "+"
     while tokens and tokens[-1] != ")":
-        if summed:
-            if tokens.pop() != "+":
-                raise ValueError
+        if summed and tokens.pop() != "+":
+            raise ValueError
         masks.append(_item(tokens, axes))
     if summed:
         return np.concatenate(masks)

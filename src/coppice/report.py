@@ -34,11 +34,8 @@ def render_report(
     *, title: str, metrics: Mapping[str, Any], widths: Sequence[AxisWidth], pins: Mapping[str, Sequence[str]], config: str
 ) -> str:
     """The page. `metrics` as in metrics.json, `pins` maps a reason to the names pinned for it, `config` is the text of config.toml."""
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401 - asked for before anything is drawn
-    except ImportError as error:
-        raise CoppiceError(f"the report needs {error.name}: pip install 'coppice[cli]'") from None
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("coppice", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -53,6 +50,15 @@ def render_report(
         pictures={name: jinja2.utils.markupsafe.Markup(svg) for name, svg in pictures.items()},  # type: ignore[attr-defined]
         untouched=sum(w.before == w.after for w in widths),
     )  # fmt: skip
+
+
+def check_renderer() -> None:
+    """Raise CoppiceError if a package that draws the report is missing: to be asked before a long run, not after it."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CoppiceError(f"the report needs {error.name}: pip install 'coppice[cli]'") from None
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -149,7 +155,7 @@ def _classes_picture(metrics: Mapping[str, Any]) -> Figure:
 
 
 def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
 
 def _inline(figure: Figure, name: str, label: str) -> str:

@@ -96,28 +96,26 @@ class Run:
 
 def create_run(path: Path, config: RunConfig) -> Run:
     """A new run in `path`, or the same run again if it is there already. Raises CoppiceError if the folder holds anything else."""
-    if path.exists() and not path.is_dir():
-        raise CoppiceError(f"--out {path} is a file, name a new folder")
-    if path.exists() and any(path.iterdir()):
-        return _reopen(path, config)
+    check_out(path, config)
+    if (path / CONFIG).exists():
+        return resume_run(path)
     path.mkdir(parents=True, exist_ok=True)
     lock = _take_lock(path)
     write_text(path / CONFIG, dump_config(config))
     return Run(path, config, lock)
 
 
-def _reopen(path: Path, config: RunConfig) -> Run:
-    leftovers = {p.name for p in path.iterdir()}
-    if leftovers <= {LOCK} or (leftovers <= {LOCK, CONFIG} | _temporaries(path) and CONFIG not in leftovers):
-        # killed between making the folder and writing its configuration
-        lock = _take_lock(path)
-        write_text(path / CONFIG, dump_config(config))
-        return Run(path, config, lock)
-    if CONFIG not in leftovers:
+def check_out(path: Path, config: RunConfig) -> None:
+    """Raise CoppiceError unless a run with these settings may begin or go on in `path`: nothing else is ever written over."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CoppiceError(f"--out {path} is a file, name a new folder")
+    if (path / CONFIG).exists():
+        if load_config(path / CONFIG)[0] != config:
+            raise CoppiceError(f"--out {path} holds a run with other settings, name a new folder or continue it with --resume {path}")
+    elif {p.name for p in path.iterdir()} - {LOCK} - _temporaries(path):  # those two: killed before it wrote its configuration
         raise CoppiceError(f"--out {path} is not empty and holds no run, name a new folder")
-    if load_config(path / CONFIG)[0] != config:
-        raise CoppiceError(f"--out {path} holds a run with other settings, name a new folder or continue it with --resume {path}")
-    return resume_run(path)
 
 
 def _temporaries(path: Path) -> set[str]:

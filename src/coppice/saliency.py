@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The score of every index, by axis id. ``additive``: scores of different axes are in one unit (loss), so they may be weighed against cost."""
+    """The score of every index, by axis id. ``additive``: all axes' scores are in one unit (loss), so they may be weighed against cost."""
 
     by_axis: Mapping[int, Array]
     additive: bool
@@ -52,7 +52,7 @@ def gradient(weight: Array, gradient: Array | None) -> Array:
 def taylor(weight: Array, gradient: Array | None) -> Array:
     """(w dL/dw)^2, first-order Taylor. Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8."""
     assert gradient is not None
-    return np.square(weight * gradient)
+    return np.asarray(np.square(weight * gradient))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from coppice.torch.capture import capture
 from coppice.torch.verify import verify
 from coppice.train import EpochResult, fine_tune, pick_precision
 
+SCORED_AT_ONCE = 16  # images a gradient: squares of small batches' gradients tell more of an index than those of large ones
 Data = ImageData | Loaders
 TrainFunction = Callable[[nn.Module, int], None]
 """A user's own training: (model, epochs) -> None, in place."""
@@ -101,7 +102,7 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
         model = materialise(bench, before)
         coupling = couple(capture(model, (example_input(bench.data),))) if before.plan else bench.coupling
         with bench.progress.bar(f"{name}: scoring by {config.criterion}"):
-            scores = score(model, coupling, config.criterion, list(_calibration(bench)), F.cross_entropy, config.seed)
+            scores = score(model, coupling, config.criterion, _calibration(bench, SCORED_AT_ONCE), F.cross_entropy, config.seed)
         step = make_plan(
             coupling, scores, dict(budgets), allocation=config.allocation, round_to=config.round_to, min_width=config.min_width
         )
@@ -193,15 +194,15 @@ def _precision(bench: Workbench) -> Any:
         return recipe.precision
 
     def measure() -> Json:
-        model, batch = copy.deepcopy(bench.dense), next(iter(_calibration(bench, recipe.batch_size)))
+        model, batch = copy.deepcopy(bench.dense), next(_calibration(bench, recipe.batch_size))
         return {"precision": pick_precision(model, batch)}
 
     return bench.run.stage("precision", measure)["precision"]
 
 
-def _calibration(bench: Workbench, images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def _calibration(bench: Workbench, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     config = bench.run.config
-    return sample_batches(bench.data.train, preprocessing(bench.data), images=images or config.calibration, seed=config.seed)
+    return sample_batches(bench.data.train, preprocessing(bench.data), images=config.calibration, seed=config.seed, batch_size=batch_size)
 
 
 def _validate(bench: Workbench, model: nn.Module, name: str) -> Json:

@@ -87,7 +87,7 @@ def fine_tune(
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW, at the recipe's peak rate; biases and normalisation parameters (all vectors) are not decayed."""
+    """Nesterov SGD or AdamW at the recipe's peak rate; biases and normalisation parameters (all vectors) are not decayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise CoppiceError("the model has no parameters to train")

@@ -72,7 +72,7 @@ class Recorder(TorchDispatchMode):
     """Writes down every op that runs inside the ``with`` block; ``on_op(op, results)`` is called after each."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], on_op: OnOp | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
         self.constants: dict[int, Tensor] = {}

@@ -14,7 +14,6 @@ pins something new, so the search ends.
 from __future__ import annotations
 
 import math
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +29,8 @@ from coppice.graph import Kind
 from coppice.torch.known import bind_known_modules
 from coppice.torch.trial import Trials
 
-ROUNDS = 4  # trials with different widths after the last change, so that no agreement is a coincidence
+ROUNDS = 6  # trials with different widths after the last change, so that no agreement is a coincidence
+SHORT = 6  # the longest axis that is also tried at a width of 1
 Choice = tuple[str, int | None, int]  # an attribute, its index where it is a sequence, and which of an op's sized axes it holds
 
 
@@ -68,9 +68,8 @@ class _Search:
         """Widths for every bundle that may move; a bundle's do not depend on the others', so that a tie changes only what it ties.
 
         Every second trial changes all of them, the first one to some eighths, since code that divides a width (by heads, by groups) often
-        asserts that it can. In the others some keep theirs. Over the trials an axis's widths spell its number (digits: the widths to choose
-        from), so that neighbours of one size don't always agree, nor always differ by 1 only (``(a + b) // 2`` may be a by chance). A width
-        of 1 is left out where there is another: it broadcasts, which hides a wrong size.
+        asserts that it can. In the others some keep theirs, and short ones may go down to 1 (elsewhere 1 is left out: it broadcasts, so a
+        wrong size would hide).
         """
         ids = {axis.atom: axis.id for axis in self.coupling.axes}
         chosen: dict[Axis, int] = {}
@@ -78,12 +77,11 @@ class _Search:
             unit = math.gcd(*(a.size for a in bundle))
             levels = next((n for n in (8, 4) if unit % n == 0), unit) if seed == 0 else unit
             step = [a.size // levels for a in bundle]
-            parts = [k for k in range(levels // 3 + 1, levels) if k * min(step) > 1] or [max(1, levels - 1)]
-            parts += [levels] * (seed % 2)
-            base = len(parts)
-            stride = next(n for n in range(max(1, round(0.4 * base)), base + 2) if math.gcd(n, base) == 1)
-            digit = min(ids[a] for a in bundle) // base ** (seed // 2)
-            part = parts[(digit * stride + random.Random(f"{seed} {unit}").randrange(base)) % base]
+            if seed % 2:
+                parts = list(range(1 if levels <= SHORT else levels // 3 + 1, levels + 1))
+            else:
+                parts = [k for k in range(levels // 3 + 1, levels) if k * min(step) > 1] or [max(1, levels - 1)]
+            part = parts[_latin(min(ids[a] for a in bundle), seed // 2, len(parts)) % len(parts)]
             chosen.update({a: n * part for a, n in zip(bundle, step, strict=True)})
         return chosen
 
@@ -284,6 +282,16 @@ class _Search:
             for here, there in zip(mine, theirs, strict=False):
                 if here.pinned == reason and len(mine) == len(theirs):
                     pin(there, reason)
+
+
+def _latin(number: int, trial: int, base: int) -> int:
+    """Which of ``base`` widths axis ``number`` takes in a trial, as in a Latin square: an axis meets many of them, neighbours differ.
+
+    Neighbours are far apart, since widths that differ by 1 may fit by chance: ``(a + b) // 2`` is a.
+    """
+    stride = next(n for n in range(max(1, round(0.4 * base)), base + 2) if math.gcd(n, base) == 1)
+    slope = 1 + number // base % (base - 1) if base > 2 else number // base
+    return number * stride + trial * slope
 
 
 def _inside(path: str, around: str) -> bool:
