@@ -141,7 +141,7 @@ def prune(
     schedule: Annotated[Text, typer.Option("--schedule", help="cosine or onecycle [cosine]")] = None,
     warmup: Annotated[float | None, typer.Option("--warmup", help="part of the steps spent warming up")] = None,
     label_smoothing: Annotated[float | None, typer.Option("--label-smoothing", help="[0]")] = None,
-    distill: Annotated[float | None, typer.Option("--distill", help="weight of the dense model's predictions, 0: off [0.7]")] = None,
+    distill: Annotated[float | None, typer.Option("--distill", help="weight of the dense model's predictions, 0: off [0.9]")] = None,
     precision: Annotated[Text, typer.Option("--precision", help="auto, fp32 or bf16 [auto]")] = None,
     augment: Annotated[Text, typer.Option("--augment", help="light, crop or none [light]")] = None,
     seed: Seed = None,

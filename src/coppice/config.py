@@ -24,7 +24,7 @@ from coppice.saliency import CRITERIA
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
 
-DISTILL = 0.7  # a loop always has the dense model at hand, and its soft labels are worth more than they cost
+DISTILL = 0.9  # a loop always has the dense model at hand, and its soft labels are worth more than they cost
 
 
 @dataclass(frozen=True)

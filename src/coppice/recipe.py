@@ -28,7 +28,7 @@ class Recipe:
     warmup: float | None = None  # share of all steps; None: 0.05 for cosine, 0.3 for onecycle
     label_smoothing: float = 0.0
     distill: float = 0.0  # weight of the dense model's predictions in the loss, 0 to 1
-    temperature: float = 4.0  # softens both distributions for distillation
+    temperature: float = 3.0  # softens both distributions for distillation
     precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto": whichever is faster on this machine
     augment: str = "light"  # "light": crop and mirror; "crop": where left and right matter; "none"
     crop_pad: int | None = None  # pixels of shift; None: an eighth of a small image, a rescaled crop of a large one
