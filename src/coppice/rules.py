@@ -56,7 +56,7 @@ LINES: dict[str, Rule] = {
     "weight_norm": Rule(_weight_norm),
     "batch_norm": Rule("n c ..., c, c, c, c -> n c ..."),
     "layer_norm": Rule(_layer_norm),
-    "group_norm": Rule("n (g c!) ..., (g c), (g c) -> n (g c) ..., n g, n g"),
+    "group_norm": Rule("n (g c!) ~..., (g c), (g c) -> n (g c) ~..., n g, n g"),
     "attention": Rule(_attention, macs=("... q k d", "... q k v")),
     "pixel_shuffle": Rule("... (c ~) ~ ~ -> ... c ~ ~"),
     "pixel_unshuffle": Rule("... c ~ ~ -> ... (c ~) ~ ~"),
@@ -66,6 +66,6 @@ LINES: dict[str, Rule] = {
     "spatial1d": Rule("... ~ -> ... ~"),
     "spatial2d": Rule("... ~ ~ -> ... ~ ~"),
     "spatial3d": Rule("... ~ ~ ~ -> ... ~ ~ ~"),
-    "grid_sample": Rule("n c ~..., ~... -> n c ~..."),
+    "grid_sample": Rule("n c ~..., n ~... -> n c ~..."),
     "roi_align": Rule("~ c ~ ~, ~... -> ~ c ~ ~"),
 }

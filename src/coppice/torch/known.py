@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from coppice.axes import Axis, find
+from coppice.axes import Axis, find, product_of
 from coppice.coupling import Coupling
 
 
@@ -41,6 +41,15 @@ Dims = dict[str, tuple[Axis, ...]]
 def _of_conv(dims: Dims, groups: Axis | None) -> Known:
     if groups is not None and "weight" in dims:
         yield "groups", groups
+        yield "out_channels", dims["weight"][0]
+        yield "in_channels", product_of([groups, dims["weight"][1]])
+
+
+def _of_transposed_conv(dims: Dims, groups: Axis | None) -> Known:
+    if groups is not None and "weight" in dims:
+        yield "groups", groups
+        yield "in_channels", dims["weight"][0]
+        yield "out_channels", product_of([groups, dims["weight"][1]])
 
 
 def _of_linear(dims: Dims, groups: Axis | None) -> Known:
@@ -78,6 +87,7 @@ def _of_attention(dims: Dims, groups: Axis | None) -> Known:
 
 
 KNOWN: tuple[tuple[type[nn.Module], Callable[[Dims, Axis | None], Known]], ...] = (
+    (nn.modules.conv._ConvTransposeNd, _of_transposed_conv),
     (nn.modules.conv._ConvNd, _of_conv),
     (nn.Linear, _of_linear),
     (nn.modules.batchnorm._NormBase, _of_batch_norm),

@@ -287,11 +287,13 @@ class _Search:
 def _latin(number: int, trial: int, base: int) -> int:
     """Which of ``base`` widths axis ``number`` takes in a trial, as in a Latin square: an axis meets many of them, neighbours differ.
 
-    Neighbours are far apart, since widths that differ by 1 may fit by chance: ``(a + b) // 2`` is a.
+    Neighbours are far apart, and every second time the other way round, since some widths fit by chance: ``(3 + 4) // 2`` is 3, and
+    ``chunk`` cuts 8 into 3, 3 and 2.
     """
     stride = next(n for n in range(max(1, round(0.4 * base)), base + 2) if math.gcd(n, base) == 1)
     slope = 1 + number // base % (base - 1) if base > 2 else number // base
-    return number * stride + trial * slope
+    place = number * stride + trial * slope
+    return -1 - place if trial % 2 else place
 
 
 def _inside(path: str, around: str) -> bool:

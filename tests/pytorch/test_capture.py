@@ -1,0 +1,112 @@
+"""Capture: values, names, module paths and constants of one forward pass, and a model that stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import coppice
+from coppice import CoppiceError
+from coppice.graph import Kind
+
+
+class Tied(nn.Module):
+    """Two names for one weight, a constant made in the forward, a dropout, and a nested module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        self.other = nn.Linear(4, 6)
+        self.other.weight = self.inner[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.other(x) * torch.tensor([2.0])
+
+
+def test_values_and_places() -> None:
+    model = Tied()
+    graph = coppice.capture(model, (torch.randn(3, 4),))
+    names = {v.names: v for v in graph.weights()}
+    assert ("inner.0.weight", "other.weight") in names
+    assert names["inner.1.running_var",].kind is Kind.BUFFER
+    assert [graph.values[v].kind for v in graph.inputs] == [Kind.INPUT]
+    assert [graph.shape(v) for v in graph.outputs] == [(3, 6)]
+    assert [(op.name, op.module) for op in graph.ops if op.rule in ("mm", "batch_norm")] == [
+        ("aten.addmm", "inner.0"),
+        ("aten.native_batch_norm", "inner.1"),
+        ("aten.addmm", "other"),
+    ]
+    assert any(v.kind is Kind.CONSTANT for v in graph.values)
+    assert all(a < b for op in graph.ops for a in op.inputs if a is not None for b in op.outputs if b not in op.inputs)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = Tied().train()
+    model.inner[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    coppice.capture(model, torch.randn(3, 4))
+    assert [m.training for m in model.modules()] == [True, True, True, False, True, True]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_the_batch_is_the_first_dim_of_an_image() -> None:
+    model = nn.Conv2d(3, 5, 3, bias=False)
+    costs = [coppice.couple(coppice.capture(model, torch.randn(n, 3, 6, 6))).cost() for n in (1, 4)]
+    assert costs[0] == costs[1]
+    assert costs[0].macs == 3 * 5 * 9 * 16
+
+
+def test_a_forward_that_fails_is_one_sentence() -> None:
+    with pytest.raises(CoppiceError, match=r"fails on the example inputs .*check their shapes"):
+        coppice.capture(nn.Linear(4, 2), torch.randn(3, 5))
+
+
+def test_hooks_and_flags_are_restored_after_a_failure() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Linear(4, 2)).train()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(CoppiceError):
+        coppice.capture(model, torch.randn(3, 5))
+    assert all(m.training for m in model.modules())
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+class InPlace(nn.Module):
+    """Writes into a slice of its own activation, and in place through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.a(x))
+        x[:, :3] *= 2.0
+        return self.b(x)
+
+
+def test_writing_in_place_is_followed() -> None:
+    model, x = InPlace(), torch.randn(3, 4)
+    coupling = coppice.couple(coppice.capture(model, x))
+    masks = {a.id: torch.arange(a.width).numpy() % 2 == 0 for a in coupling.prunable}
+    from coppice.planning import make_plan
+
+    plan = make_plan(coupling, masks)
+    pruned = coppice.apply(model, plan)
+    coppice.verify(model, pruned, coupling, plan)
+
+
+def test_an_op_without_a_rule_pins_what_it_touches() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.fft.fft(self.a(x)).real)
+
+    coupling = coppice.couple(coppice.capture(Odd(), torch.randn(3, 4)))
+    assert coupling.pins["no rule for aten._fft_r2c"] == ["a.weight:0"]
+    assert not coupling.prunable

@@ -1,0 +1,180 @@
+"""Sizes that the user's code holds: bound where an attribute holds them, tied where the code divides them, pinned where it freezes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import coppice
+from coppice.axes import atoms, find
+from coppice.coupling import Coupling
+from coppice.testing import random_plan
+from coppice.testing.blocks import ClassicAttention, Residual, Split, StoredAttention, WindowAttention
+
+
+def coupled(model: nn.Module, *inputs: Tensor) -> Coupling:
+    """The coupling, after a few random plans have been applied and verified."""
+    coupling = coppice.couple(coppice.capture(model, inputs))
+    for seed in range(4):
+        plan = random_plan(coupling, seed)
+        coppice.verify(model, coppice.apply(model, plan), coupling, plan)
+    return coupling
+
+
+def tokens(block: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, width), Residual(block), nn.Linear(width, 3))
+
+
+def by_name(coupling: Coupling, name: str) -> object:
+    return find(next(a.atom for a in coupling.axes if a.name == name))
+
+
+def test_stored_sizes_are_bound() -> None:
+    coupling = coupled(tokens(StoredAttention(12, 3, 8, True, True), 12), torch.randn(2, 4, 5))
+    heads, depth = (by_name(coupling, f"1.body.qkv.weight:0.{k}") for k in (2, 3))
+    assert find(coupling.bindings["1.body", "num_heads", None]) is heads
+    assert find(coupling.bindings["1.body", "head_dim", None]) is depth
+    assert set(atoms(coupling.bindings["1.body", "attn_dim", None])) == {heads, depth}
+    assert not coupling.ties
+
+
+def test_head_width_computed_from_the_input_is_tied() -> None:
+    """``c // num_heads``: the stream and the head width stay in proportion, the number of heads stays."""
+    coupling = coupled(tokens(ClassicAttention(24, 3, True), 24), torch.randn(2, 4, 5))
+    (bundle,) = coupling.bundles()
+    assert {a.size for a in bundle} == {24, 8}
+    assert coupling.pins["the code works its size out from other widths"] == ["1.body.qkv.weight:0.2"]
+
+
+def test_windows_with_a_bias_for_each_head() -> None:
+    """Swin's block: heads may go, with their column of the bias table."""
+    model = nn.Sequential(nn.Conv2d(3, 24, 1), WindowAttention(24, 3, 2, 1), nn.Conv2d(24, 4, 1))
+    coupling = coupled(model, torch.randn(2, 3, 4, 4))
+    heads = next(a for a in coupling.axes if a.name == "1.bias_table:1")
+    assert heads.pinned is None
+    assert ("1.qkv.weight", 0) in heads.sites
+    assert find(coupling.bindings["1", "num_heads", None]) is heads.atom
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+def test_torch_attention(heads: int) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(12, heads, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn(x, x, x, need_weights=False)[0]
+
+    coupling = coupled(tokens(Block(), 12), torch.randn(2, 4, 5))
+    assert {a.size for bundle in coupling.bundles() for a in bundle} == {12, 12 // heads}
+
+
+def test_split_sizes_of_equal_numbers() -> None:
+    """Both pieces are 8 wide: each of the numbers belongs to its own piece."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.split, self.b, self.c = nn.Linear(5, 16), Split((8, 8), -1), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.split(x if x.dim() == 1 else self.a(x))
+            return self.b(torch.relu(first)) + self.c(torch.sigmoid(second))
+
+    coupling = coupled(Two(), torch.randn(4, 5))
+    first, second = (find(coupling.bindings["split", "sizes", k]) for k in (0, 1))
+    assert first is by_name(coupling, "a.weight:0")
+    assert second is by_name(coupling, "a.weight:0.2")
+
+
+def test_where_a_slice_starts_is_a_size_too() -> None:
+    """No shape shows it: a wrong start gives the right shape and the wrong channels."""
+
+    class Tail(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.start = nn.Linear(5, 12), nn.Linear(7, 3), 5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x))[:, self.start :])
+
+    coupling = coupled(Tail(), torch.randn(4, 5))
+    assert find(coupling.bindings["", "start", None]).size == 5
+    assert len(coupling.prunable) == 2
+
+
+def test_a_frozen_number_pins_what_it_fixes_and_no_more() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 12), nn.Linear(12, 24), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.b(F.relu(self.a(x))))
+            return self.c(x.view(-1, 24))
+
+    coupling = coupled(Frozen(), torch.randn(4, 5))
+    assert [a.name for a in coupling.prunable] == ["a.weight:0"]
+    assert coupling.pins["its size is frozen in the code of Frozen"] == ["b.weight:0"]
+
+
+def test_a_frozen_number_of_heads_leaves_their_width() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 24), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).view(x.shape[0], 4, -1).softmax(-1).flatten(1))
+
+    coupling = coupled(Heads(), torch.randn(2, 5))
+    assert [(a.width, a.pinned) for a in coupling.axes if a.name.startswith("a.weight:0")] == [
+        (4, "its size is frozen in the code of Heads"),
+        (6, None),
+    ]
+
+
+def test_halves_of_a_chunk_are_tied() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.a(x).chunk(2, -1)
+            return self.b(first) - self.c(second)
+
+    (bundle,) = coupled(Halves(), torch.randn(2, 5)).bundles()
+    assert [a.size for a in bundle] == [8, 8]
+
+
+def test_code_that_looks_at_values_is_tried_on_real_tensors() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y if bool(x.sum() > 1e9) else torch.relu(y))
+
+    assert len(coupled(Looks(), torch.randn(2, 5)).prunable) == 1
+
+
+def test_code_that_never_runs_the_same_ops_is_pinned_and_says_so() -> None:
+    class Restless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.calls = nn.Linear(5, 12), nn.Linear(12, 3), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.append(1)
+            y = self.a(x)
+            return self.b(torch.relu(y) if len(self.calls) == 1 else torch.tanh(y))
+
+    coupling = coppice.couple(coppice.capture(Restless(), torch.randn(2, 5)))
+    assert not coupling.prunable
+    assert any("does not run the same ops twice (first at aten.relu" in reason for reason in coupling.pins)
