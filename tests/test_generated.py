@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,17 +12,13 @@ from coppice.testing.networks import random_network
 
 # A seed says nothing about the networks next to it, so only the size is worth shrinking. Derandomised: CI repeats what failed here.
 SEEDS = st.integers(0, 2**31 - 1)
-SIZES = st.integers(2, 10)
-GENERATED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+SIZES = st.integers(2, 8)
+GENERATED = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # these tensors are too small to share out
 
 
 @settings(GENERATED, max_examples=400)

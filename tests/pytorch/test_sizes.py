@@ -8,10 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coppice
+import coppice.torch.trial
 from coppice.axes import atoms, find
 from coppice.coupling import Coupling
 from coppice.testing import random_plan
 from coppice.testing.blocks import ClassicAttention, Residual, Split, StoredAttention, WindowAttention
+
+
+@pytest.fixture(autouse=True, params=["real", "fake"])
+def tensors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs twice: the code is tried on real tensors, and on fake ones as for a large model."""
+    monkeypatch.setattr(coppice.torch.trial, "CHEAP", 10**18 if request.param == "real" else -1)
 
 
 def coupled(model: nn.Module, *inputs: Tensor) -> Coupling:

@@ -183,12 +183,13 @@ class _Builder:
 
     def finish(self, classes: int) -> Network:
         """Every value nothing consumed goes to the classifier; sometimes an inner value gets a head of its own."""
-        outputs = []
+        outputs: list[Output] = []
+        vectors: list[int] = []
         if chance(self.rng, 0.25):
-            inner = self.rng.randrange(1, len(self.values))
-            outputs.append(Output("aux", self.add(nn.Linear(self.width(vector := self.to_vector(inner)), 3), vector)))
+            vectors = [self.to_vector(self.rng.randrange(1, len(self.values)))]
+            outputs.append(Output("aux", self.add(nn.Linear(self.width(vectors[0]), 3), vectors[0])))
         loose = [v for v in range(len(self.values)) if v not in self.used and all(v != o.value for o in outputs)]
-        vectors = [self.to_vector(v) for v in loose]
+        vectors = [self.to_vector(v) for v in loose] or vectors
         joined = vectors[0] if len(vectors) == 1 else self.add(Concat(1), *vectors)
         outputs.insert(0, Output("logits", self.add(nn.Linear(self.width(joined), classes), joined)))
         return Network(self.blocks, self.steps, outputs, as_dict=chance(self.rng, 0.15))

@@ -15,12 +15,12 @@ def bind_known_modules(model: nn.Module, coupling: Coupling) -> None:
     dims = {name: coupling.dims[v.id] for v in coupling.graph.weights() for name in v.names}
     groups = {op.module: info.letters.get("g") for op, info in zip(coupling.graph.ops, coupling.ops, strict=True) if "g" in info.letters}
     for path, module in model.named_modules(remove_duplicate=False):
-        for kind, bind in KNOWN:
-            if isinstance(module, kind):
-                prefix = f"{path}." if path else ""
-                own = {name: dims[prefix + name] for name in ("weight", "running_mean", "in_proj_weight") if prefix + name in dims}
-                for attribute, axis in bind(own, groups.get(path)):
-                    _bind(coupling, module, path, attribute, axis)
+        bind = next((bind for kind, bind in KNOWN if isinstance(module, kind)), None)
+        if bind is not None:
+            prefix = f"{path}." if path else ""
+            own = {name: dims[prefix + name] for name in ("weight", "running_mean", "in_proj_weight") if prefix + name in dims}
+            for attribute, axis in bind(own, groups.get(path)):
+                _bind(coupling, module, path, attribute, axis)
 
 
 def _bind(coupling: Coupling, module: nn.Module, path: str, attribute: str, axis: Axis) -> None:

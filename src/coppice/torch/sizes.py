@@ -29,8 +29,8 @@ from coppice.graph import Kind
 from coppice.torch.known import bind_known_modules
 from coppice.torch.trial import Trials
 
-ROUNDS = 6  # trials with different widths after the last change, so that no agreement is a coincidence
-SHORT = 6  # the longest axis that is also tried at a width of 1
+ROUNDS, ROUNDS_IF_SHORT = 4, 8  # trials with different widths after the last change, so that no agreement is a coincidence
+SHORT = 6  # a short axis has few widths, which agree by chance more often; it is also tried at a width of 1
 Choice = tuple[str, int | None, int]  # an attribute, its index where it is a sequence, and which of an op's sized axes it holds
 
 
@@ -39,7 +39,7 @@ def bind_sizes(model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) ->
     bind_known_modules(model, coupling)
     search = _Search(model, inputs, coupling)
     seed = agreed = 0
-    while agreed < ROUNDS and coupling.prunable:
+    while agreed < search.rounds() and coupling.prunable:
         at = search.trials.run(search.widths(seed))
         if at is None:
             seed, agreed = seed + 1, agreed + 1
@@ -64,6 +64,11 @@ class _Search:
                 pin(axis.atom, f"the code does not run the same ops twice (first at {op.name} in {op.module or 'the model'})")
             coupling.refresh()
 
+    def rounds(self) -> int:
+        """How many trials must agree."""
+        units = [math.gcd(*(a.size for a in bundle)) for bundle in self.coupling.free_bundles()]
+        return ROUNDS_IF_SHORT if any(unit <= SHORT for unit in units) else ROUNDS
+
     def widths(self, seed: int) -> dict[Axis, int]:
         """Widths for every bundle that may move; a bundle's do not depend on the others', so that a tie changes only what it ties.
 
@@ -81,7 +86,7 @@ class _Search:
                 parts = list(range(1 if levels <= SHORT else levels // 3 + 1, levels + 1))
             else:
                 parts = [k for k in range(levels // 3 + 1, levels) if k * min(step) > 1] or [max(1, levels - 1)]
-            part = parts[_latin(min(ids[a] for a in bundle), seed // 2, len(parts)) % len(parts)]
+            part = parts[_spelled(min(ids[a] for a in bundle), seed // 2, len(parts))]
             chosen.update({a: n * part for a, n in zip(bundle, step, strict=True)})
         return chosen
 
@@ -93,7 +98,7 @@ class _Search:
         def works() -> bool:
             return self.trials.run(self.widths(seed), until=at) is None
 
-        if not self._bind_attribute(k, works, widths) and not self._tie(k, works, widths):
+        if not self._bind_attribute(k, works, widths) and not self._tie(k, seed, works, widths):
             self._pin(k, works, widths)
 
     def _changed(self, axis: Axis, widths: dict[Axis, int]) -> bool:
@@ -186,16 +191,19 @@ class _Search:
 
     # -- ties ---------------------------------------------------------------------------------------------------
 
-    def _tie(self, k: int, works: Callable[[], bool], widths: dict[Axis, int]) -> bool:
-        for choice in self._tie_choices(k, widths):
-            if self._try_tie([choice(op) for _, op in self._alike(self.coupling.graph.ops[k].module, k)], works):
+    def _tie(self, k: int, seed: int, works: Callable[[], bool], widths: dict[Axis, int]) -> bool:
+        alike = [op for _, op in self._alike(self.coupling.graph.ops[k].module, k)]
+        if self.coupling.graph.ops[k].rule == "take_apart":
+
+            def or_bound() -> bool:  # split((h, h)): one number for pieces of one width
+                return works() or self._bind_attribute(k, works, self.widths(seed))
+
+            if self._try_tie([self._pieces(op) for op in alike], or_bound):
                 return True
-        return False
+        return any(self._try_tie([choice(op) for op in alike], works) for choice in self._tie_choices(k, widths))
 
     def _tie_choices(self, k: int, widths: dict[Axis, int]) -> Iterator[Callable[[int], list[Axis]]]:
         """What might be in proportion at op ``k``, each as a function that names the same axes at the like op of another module."""
-        if self.coupling.graph.ops[k].rule == "take_apart":
-            yield self._pieces
         own, read = self._own(k), self._entering(k)
         for i, mine in enumerate(own):
             for j, theirs in enumerate(read):
@@ -284,16 +292,15 @@ class _Search:
                     pin(there, reason)
 
 
-def _latin(number: int, trial: int, base: int) -> int:
-    """Which of ``base`` widths axis ``number`` takes in a trial, as in a Latin square: an axis meets many of them, neighbours differ.
+def _spelled(number: int, trial: int, base: int) -> int:
+    """Which of ``base`` widths axis ``number`` takes: over pairs of trials its digits, so that no two axes always agree.
 
-    Neighbours are far apart, and every second time the other way round, since some widths fit by chance: ``(3 + 4) // 2`` is 3, and
+    Neighbours are far apart, and the other way round in a pair's second trial, since some widths fit by chance: ``(3 + 4) // 2`` is 3, and
     ``chunk`` cuts 8 into 3, 3 and 2.
     """
     stride = next(n for n in range(max(1, round(0.4 * base)), base + 2) if math.gcd(n, base) == 1)
-    slope = 1 + number // base % (base - 1) if base > 2 else number // base
-    place = number * stride + trial * slope
-    return -1 - place if trial % 2 else place
+    place: int = number // base ** (trial // 2) * stride - trial // 2
+    return (-1 - place if trial % 2 else place) % base
 
 
 def _inside(path: str, around: str) -> bool:

@@ -1,4 +1,7 @@
-"""Trials: the user's code run at other widths, on tensors without values, to see where it first disagrees with the plan."""
+"""Trials: the user's code run at other widths, to see where it first disagrees with the plan.
+
+On real tensors where a forward pass is cheap; else on fake ones, which have shapes and no values, at about half a millisecond an op.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +24,24 @@ from coppice.torch.apply import set_size
 from coppice.torch.capture import record
 from coppice.torch.lockstep import planned, planned_shapes, step
 
+CHEAP = 500_000_000  # MACs of a forward pass that takes no longer than one on fake tensors
+
 
 class _Stop(BaseException):
     """Ends a trial as soon as its answer is known; not an Exception, so that no ``except Exception`` of the user's code swallows it."""
 
 
 class Trials:
-    """Runs ``model`` on ``inputs`` at any widths. ``steps`` are the dense recording's; ``works`` is False where no rerun repeats them."""
+    """Runs ``model`` on ``inputs`` at any widths. ``steps`` are the dense recording's; ``at_rest``: where a mere rerun differs."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
         self.model, self.inputs, self.coupling = model, inputs, coupling
         self.steps = planned(coupling, {})
-        self._fake = True
-        if self.run({}) is not None:
+        self._fake = coupling.cost().macs * coupling.graph.batch > CHEAP
+        self.at_rest = self.run({})
+        if self.at_rest is not None and self._fake:
             self._fake = False  # the code looks at values, or PyTorch takes other kernels on fake tensors: real ones, then
-        self.at_rest = None if self._fake else self.run({})
+            self.at_rest = self.run({})
 
     def run(self, widths: Mapping[Axis, int], until: int | None = None) -> int | None:
         """The first step at which the code disagrees with ``widths`` (or fails); None where all agree, as far as ``until``.
@@ -92,10 +98,9 @@ class Trials:
                 sizes[index] = size
                 size = sizes
             set_size(module, attribute, size)
-        inputs = self.inputs
         if self._fake:
-            inputs = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), inputs)
-        return model, inputs
+            return model, tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), self.inputs)
+        return model, tree_map_only(Tensor, torch.clone, self.inputs)
 
 
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
