@@ -130,7 +130,7 @@ def prune(
     round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this [8]")] = None,
     min_width: Annotated[int | None, typer.Option("--min-width", help="no axis gets narrower [8]")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="cuts on the way to the target [1]")] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", help="fine-tunings while the floor does not hold [3]")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="fine-tunings while the floor does not hold [2]")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="probes of the bisection with --max-drop alone [5]")] = None,
     calibration: Annotated[int | None, typer.Option("--calibration", help="training images for the scores [512]")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="fine-tuning epochs in all [3]")] = None,

@@ -46,7 +46,7 @@ class RunConfig:
     round_to: int = 8
     min_width: int = 8
     steps: int = 1  # cuts to the target
-    rounds: int = 3  # fine-tunings after the last cut, as long as the floor is not held
+    rounds: int = 2  # fine-tunings after the last cut, as long as the floor is not held
     trials: int = 5  # probes of the bisection, when only max_drop is given
     calibration: int = 512  # training images for the scores
     recipe: Recipe = field(default_factory=lambda: Recipe(distill=DISTILL))

@@ -10,7 +10,7 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "onecycle")
 AUGMENTATIONS = ("light", "crop", "none")
 PRECISIONS = ("fp32", "bf16")
-_LR_AT_128 = {"sgd": 0.05, "adamw": 5e-4}  # for a trained network that is to recover, not for training from scratch
+_LR_AT_128 = {"sgd": 0.025, "adamw": 5e-4}  # for a trained network that is to recover, not for training from scratch
 _WARMUP = {"cosine": 0.05, "onecycle": 0.3}
 
 
