@@ -107,6 +107,8 @@ CASES = [
         lambda t, _: masked_attention(t),
         mixed=True,
     ),
+    Case("channel shuffle", "channel_shuffle", ((2, 12, 3),), lambda t, told: F.channel_shuffle(t[0], told.groups), Told(3)),
+    Case("glu", "halves", ((3, 8),), lambda t, _: F.glu(t[0], 1)),
     Case("pixel shuffle", "pixel_shuffle", ((2, 12, 3, 3),), lambda t, _: F.pixel_shuffle(t[0], 2)),
     Case("pixel unshuffle", "pixel_unshuffle", ((2, 5, 4, 4),), lambda t, _: F.pixel_unshuffle(t[0], 2)),
     Case("unfold", "im2col", ((2, 5, 4, 4),), lambda t, _: F.unfold(t[0], 2)),

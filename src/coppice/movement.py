@@ -131,6 +131,14 @@ def cut(axis: Axis, at: int) -> tuple[Axis, Axis]:
     return halves
 
 
+def halves(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
+    """One half of a dim gates the other, index by index."""
+    dims, dim = operands[0], attrs["dim"]
+    value, gate = cut(dims[dim], find(dims[dim]).size // 2)
+    unify(value, gate)
+    return [(*dims[:dim], value, *dims[dim + 1 :])]
+
+
 def pad(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
     """Constant padding: a fixed part, the axis, a fixed part; a negative amount cuts off as many, whatever the width."""
     out: list[Axis] = []
@@ -181,6 +189,7 @@ SHAPE_RULES: dict[str, Callable[[list[Dims], Shapes, dict[str, Any]], list[Dims]
     "concat": concat,
     "stack": stack,
     "take_apart": take_apart,
+    "halves": halves,
     "pad": pad,
     "along": along,
     "fresh": fresh,

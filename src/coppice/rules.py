@@ -58,6 +58,7 @@ LINES: dict[str, Rule] = {
     "layer_norm": Rule(_layer_norm),
     "group_norm": Rule("n (g c!) ~..., (g c), (g c) -> n (g c) ~..., n g, n g"),
     "attention": Rule(_attention, macs=("... q k d", "... q k v")),
+    "channel_shuffle": Rule("n (g c) ... -> n (c g) ..."),
     "pixel_shuffle": Rule("... (c ~) ~ ~ -> ... c ~ ~"),
     "pixel_unshuffle": Rule("... c ~ ~ -> ... (c ~) ~ ~"),
     "im2col": Rule("n c ~ ~ -> n (c ~) ~"),

@@ -238,6 +238,8 @@ TABLE: Table = {
     **_each("_scaled_dot_product_efficient_attention", _attention("attn_bias")),
     **_each("pixel_shuffle", _shuffle("pixel_shuffle", "upscale_factor")),
     **_each("pixel_unshuffle", _shuffle("pixel_unshuffle", "downscale_factor")),
+    **_each("channel_shuffle native_channel_shuffle", lambda c: ("channel_shuffle", [c["self"]], {"sizes": {"g": c["groups"]}})),
+    **_each("glu", lambda c: ("halves", [c["self"]], {"dim": _dim(c["dim"], len(c.x.shape))})),
     **_each("im2col", _on("im2col", "self")),
     **_each("col2im", _on("col2im", "self")),
     **_each("embedding", _on("embedding", "weight", "indices")),

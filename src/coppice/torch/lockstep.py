@@ -70,3 +70,8 @@ def first_difference(want: Sequence[Step], have: Sequence[Step]) -> int | None:
         if not a.agrees(b):
             return k
     return None if len(want) == len(have) else min(len(have), len(want) - 1)
+
+
+def inside(path: str, around: str) -> bool:
+    """Whether the module at ``path`` is the one at ``around`` or in it."""
+    return not around or path == around or path.startswith(around + ".")

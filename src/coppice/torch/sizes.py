@@ -27,9 +27,11 @@ from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Kind
 from coppice.torch.known import bind_known_modules
+from coppice.torch.lockstep import inside
 from coppice.torch.trial import Trials
 
-ROUNDS, ROUNDS_IF_SHORT = 4, 8  # trials with different widths after the last change, so that no agreement is a coincidence
+ROUNDS, ROUNDS_IF_SHORT = 5, 9  # trials with different widths after the last change, so that no agreement is a coincidence
+EIGHTHS = 3  # the first trials, at some eighths of every width, since code that divides a width (by heads, by groups) asserts that it can
 SHORT = 6  # a short axis has few widths, which agree by chance more often; it is also tried at a width of 1
 Choice = tuple[str, int | None, int]  # an attribute, its index where it is a sequence, and which of an op's sized axes it holds
 
@@ -45,7 +47,7 @@ def bind_sizes(model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) ->
             seed, agreed = seed + 1, agreed + 1
         else:
             agreed = 0
-            search.resolve(at, seed)
+            search.resolve(*search.earliest(at, seed))
             coupling.refresh()
     coupling.bundles()
 
@@ -72,15 +74,14 @@ class _Search:
     def widths(self, seed: int) -> dict[Axis, int]:
         """Widths for every bundle that may move; a bundle's do not depend on the others', so that a tie changes only what it ties.
 
-        Every second trial changes all of them, the first one to some eighths, since code that divides a width (by heads, by groups) often
-        asserts that it can. In the others some keep theirs, and short ones may go down to 1 (elsewhere 1 is left out: it broadcasts, so a
-        wrong size would hide).
+        Every second trial changes all of them. In the others some keep theirs, and short ones may go down to 1 (elsewhere 1 is left out: it
+        broadcasts, so a wrong size would hide).
         """
         ids = {axis.atom: axis.id for axis in self.coupling.axes}
         chosen: dict[Axis, int] = {}
         for bundle in self.coupling.free_bundles():
             unit = math.gcd(*(a.size for a in bundle))
-            levels = next((n for n in (8, 4) if unit % n == 0), unit) if seed == 0 else unit
+            levels = next((n for n in (8, 4) if unit % n == 0), unit) if seed < EIGHTHS else unit
             step = [a.size // levels for a in bundle]
             if seed % 2:
                 parts = list(range(1 if levels <= SHORT else levels // 3 + 1, levels + 1))
@@ -90,13 +91,27 @@ class _Search:
             chosen.update({a: n * part for a, n in zip(bundle, step, strict=True)})
         return chosen
 
+    def _others(self, seed: int) -> tuple[int, int]:
+        """Two more trials of the same kind: one in which some axes keep their width, and one that changes all."""
+        if seed < EIGHTHS:
+            return (seed + 1) % EIGHTHS, (seed + 2) % EIGHTHS
+        return seed + 1, seed + 4
+
+    def earliest(self, at: int, seed: int) -> tuple[int, int]:
+        """The first step, and the trial, at which the code disagrees, among this trial and the others that a remedy is tried in."""
+        for other in self._others(seed):
+            earlier = self.trials.run(self.widths(other), until=at - 1) if at else None
+            if earlier is not None:
+                return self.earliest(earlier, other)
+        return at, seed
+
     def resolve(self, at: int, seed: int) -> None:
         """Bind, tie or pin, so that the code gets past step ``at``."""
         k = self.trials.steps[at].index
         widths = self.widths(seed)
 
-        def works() -> bool:
-            return self.trials.run(self.widths(seed), until=at) is None
+        def works() -> bool:  # at these widths, and not by chance: at others too
+            return all(self.trials.run(self.widths(s), until=at) is None for s in (seed, *self._others(seed)))
 
         if not self._bind_attribute(k, works, widths) and not self._tie(k, seed, works, widths):
             self._pin(k, works, widths)
@@ -200,7 +215,8 @@ class _Search:
 
             if self._try_tie([self._pieces(op) for op in alike], or_bound):
                 return True
-        return any(self._try_tie([choice(op) for op in alike], works) for choice in self._tie_choices(k, widths))
+        choices = [[choice(op) for op in alike] for choice in self._tie_choices(k, widths)]
+        return any(self._try_tie(sets, works, pick) for pick in (0, 1) for sets in choices)
 
     def _tie_choices(self, k: int, widths: dict[Axis, int]) -> Iterator[Callable[[int], list[Axis]]]:
         """What might be in proportion at op ``k``, each as a function that names the same axes at the like op of another module."""
@@ -226,17 +242,19 @@ class _Search:
         """The axes of what the module that runs op ``k`` has read so far, which its code can take a size from."""
         path = self.coupling.graph.ops[k].module
         before = [i for i in self.by_module[path] if i <= k]
-        inside = [i for i, o in enumerate(self.coupling.graph.ops[:k]) if o.module == path or o.module.startswith(path + ".") or not path]
-        values = [v for i in {*before, *inside[:4], k} for v in self.coupling.graph.ops[i].inputs if v is not None]
+        within = [i for i, o in enumerate(self.coupling.graph.ops[:k]) if inside(o.module, path)]
+        values = [v for i in {*before, *within[:4], k} for v in self.coupling.graph.ops[i].inputs if v is not None]
         activations = [v for v in values if self.coupling.graph.values[v].kind is Kind.INTERMEDIATE]
         return list(dict.fromkeys(find(a) for v in activations for a in self.coupling.dims[v]))
 
-    def _try_tie(self, sets: list[list[Axis]], works: Callable[[], bool]) -> bool:
-        """Tie every set of axes that can be; keep it so if the code gets further."""
+    def _try_tie(self, sets: list[list[Axis]], works: Callable[[], bool], pick: int = 0) -> bool:
+        """Tie every set of axes that can be; keep it so if the code gets further. ``pick``: which factor of a product moves."""
         bundle_of = {a: bundle for bundle in self.coupling.free_bundles() for a in bundle}
         ties, pinned = len(self.coupling.ties), []
         for axes in sets:
-            free = [_free(a) for a in axes]
+            free = [_free(a, pick) for a in axes]
+            if pick and free == [_free(a) for a in axes]:
+                continue
             moving = tuple(dict.fromkeys(a for f in free if f for a in f[0]))
             still = [a for f in free if f for a in f[1]]
             if None in free or set(moving) & set(still) or len({bundle_of.get(a, (a,)) for a in moving}) < 2:  # already in proportion
@@ -260,7 +278,7 @@ class _Search:
         graph, path = self.coupling.graph, self.coupling.graph.ops[k].module
         for around in self._around(path):
             reason = f"its size is frozen in the code of {type(self.modules[around]).__name__}"
-            before = [i for i, op in enumerate(graph.ops[: k + 1]) if _inside(op.module, around)]
+            before = [i for i, op in enumerate(graph.ops[: k + 1]) if inside(op.module, around)]
             outputs = [a for v in graph.ops[k].outputs for a in self.coupling.dims[v]]
             for axes in ([*outputs, *self.coupling.ops[k].letters.values()], self.sized(k), [a for i in before for a in self.sized(i)]):
                 changed = {atom: None for axis in axes for atom in atoms(axis) if self._changed(atom, widths)}
@@ -303,10 +321,6 @@ def _spelled(number: int, trial: int, base: int) -> int:
     return (-1 - place if trial % 2 else place) % base
 
 
-def _inside(path: str, around: str) -> bool:
-    return not around or path == around or path.startswith(around + ".")
-
-
 def _within(axis: Axis) -> Iterator[Axis]:
     """``axis`` and everything below it."""
     axis = find(axis)
@@ -326,21 +340,23 @@ def _runs(axis: Axis) -> Iterator[Axis]:
                 yield product_of(parts[start:stop])
 
 
-def _free(axis: Axis) -> tuple[list[Axis], list[Axis]] | None:
+def _free(axis: Axis, pick: int = 0) -> tuple[list[Axis], list[Axis]] | None:
     """The atoms that must move in proportion for ``axis`` to scale, and those that must stand still; None where nothing of it can move.
 
-    Fixed parts of a sum stay as they are; whether the code works with that is for a trial to say.
+    Of a product one factor moves, the largest that can (``pick`` 1: the next). Fixed parts of a sum stay as they are; whether the code
+    works with that is for a trial to say.
     """
     axis = find(axis)
     if axis.form is Form.ATOM:
         return None if axis.pinned or axis.size == 1 else ([axis], [])
     if axis.form is Form.SUM:
-        parts = [p for p in map(_free, axis.parts) if p is not None]
+        parts = [p for p in (_free(p, pick) for p in axis.parts) if p is not None]
         return ([a for p in parts for a in p[0]], [a for p in parts for a in p[1]]) if parts else None
-    loose = [(find(p).size, k) for k, p in enumerate(axis.parts) if _free(p) is not None]
+    loose = sorted(((find(p).size, k) for k, p in enumerate(axis.parts) if _free(p, pick) is not None), reverse=True)
     if not loose:
         return None
-    moving = _free(axis.parts[max(loose)[1]])
+    chosen = loose[min(pick, len(loose) - 1)][1]
+    moving = _free(axis.parts[chosen], pick)
     assert moving is not None
-    still = [a for k, p in enumerate(axis.parts) if k != max(loose)[1] for a in atoms(p) if not a.pinned]
+    still = [a for k, p in enumerate(axis.parts) if k != chosen for a in atoms(p) if not a.pinned]
     return moving[0], [*moving[1], *still]

@@ -1,6 +1,6 @@
 """Trials: the user's code run at other widths, to see where it first disagrees with the plan.
 
-On real tensors where a forward pass is cheap; else on fake ones, which have shapes and no values, at about half a millisecond an op.
+On real tensors where a forward pass is cheap; else on fake ones, which have shapes and no values.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from coppice.coupling import Coupling
 from coppice.graph import Op
 from coppice.torch.apply import set_size
 from coppice.torch.capture import record
-from coppice.torch.lockstep import planned, planned_shapes, step
+from coppice.torch.lockstep import inside, planned, planned_shapes, step
 
-CHEAP = 500_000_000  # MACs of a forward pass that takes no longer than one on fake tensors
+CHEAP = 3_000_000  # MACs that take as long as an op on fake tensors
 
 
 class _Stop(BaseException):
@@ -37,43 +37,21 @@ class Trials:
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
         self.model, self.inputs, self.coupling = model, inputs, coupling
         self.steps = planned(coupling, {})
-        self._fake = coupling.cost().macs * coupling.graph.batch > CHEAP
+        self._fake = coupling.cost().macs * coupling.graph.batch > CHEAP * len(coupling.graph.ops)
         self.at_rest = self.run({})
         if self.at_rest is not None and self._fake:
             self._fake = False  # the code looks at values, or PyTorch takes other kernels on fake tensors: real ones, then
             self.at_rest = self.run({})
 
     def run(self, widths: Mapping[Axis, int], until: int | None = None) -> int | None:
-        """The first step at which the code disagrees with ``widths`` (or fails); None where all agree, as far as ``until``.
-
-        Where a width is 1, code may run other ops to the same end (``einsum`` does): then it is enough that it runs through.
-        """
-        shapes, want = planned_shapes(self.coupling, widths), planned(self.coupling, widths)
-        agreed = 0
-        may_detour, detour = 1 in widths.values(), False
-
-        def compare(op: Op, results: list[Tensor]) -> None:
-            nonlocal agreed, detour
-            have = step(agreed, op, [tuple(t.shape) for t in results])
-            if have is None or detour:
-                return
-            if may_detour and agreed < len(want) and want[agreed].name != have.name:
-                detour = True
-                return
-            if agreed == len(want) or not want[agreed].agrees(have):
-                raise _Stop
-            agreed += 1
-            if until is not None and agreed > until:
-                raise _Stop
-
+        """The first step at which the code disagrees with ``widths`` (or fails); None where all agree, as far as ``until``."""
+        shapes, watch = planned_shapes(self.coupling, widths), _Watch(self.coupling, widths, until)
         finished = False
         with _no_values() if self._fake else torch.random.fork_rng(devices=[]):
             model, inputs = self._shrunk(shapes, widths)
             with suppress(_Stop):
-                finished = record(model, inputs, compare)[2] is None
-        if (finished and (detour or agreed == len(want))) or (until is not None and agreed > until):
-            return None
-        return min(agreed, len(want) - 1)
+                finished = record(model, inputs, watch)[2] is None
+        return watch.answer(finished)
 
     def _shrunk(self, shapes: list[tuple[int, ...]], widths: Mapping[Axis, int]) -> tuple[nn.Module, tuple[Any, ...]]:
         """A copy of the model with tensors of the trial's shapes, and every bound attribute at its new size."""
@@ -101,6 +79,58 @@ class Trials:
         if self._fake:
             return model, tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), self.inputs)
         return model, tree_map_only(Tensor, torch.clone, self.inputs)
+
+
+class _Watch:
+    """Follows a run, op by op, and stops it at the first that disagrees with the plan.
+
+    A module may run other ops to the same end at other widths (PyTorch picks another attention kernel; ``einsum`` goes another way where a
+    width is 1): its own ops are then left out, as long as all that follow agree again. At the dense widths nothing is left out.
+    """
+
+    def __init__(self, coupling: Coupling, widths: Mapping[Axis, int], until: int | None) -> None:
+        self.want, self.until = planned(coupling, widths), until
+        self.modules = [coupling.graph.ops[s.index].module for s in self.want]
+        self.lenient, self.width_one = bool(widths), 1 in widths.values()
+        self.agreed = 0
+        self.detour: str | None = None  # the module whose ops are being left out
+        self.left_at = 0  # where that began
+        self.reached = False
+
+    def __call__(self, op: Op, results: list[Tensor]) -> None:
+        have = step(0, op, [tuple(t.shape) for t in results])
+        if have is None:
+            return
+        if self.detour is not None:
+            if inside(op.module, self.detour):
+                return
+            self.detour = None
+        if self.agreed == len(self.want):
+            raise _Stop
+        want = self.want[self.agreed]
+        if want.name != have.name and self._may_leave(op.module):
+            self._leave(self.modules[self.agreed])
+            return
+        if not want.agrees(have):
+            raise _Stop
+        self.agreed += 1
+        self.reached = self.until is not None and self.agreed > self.until
+        if self.reached:
+            raise _Stop
+
+    def _may_leave(self, module: str) -> bool:
+        expected = self.modules[self.agreed]
+        return self.lenient and inside(module, expected) and (expected != "" or self.width_one)
+
+    def _leave(self, module: str) -> None:
+        self.detour, self.left_at = module, self.agreed
+        while self.agreed < len(self.want) and inside(self.modules[self.agreed], module):
+            self.agreed += 1
+
+    def answer(self, finished: bool) -> int | None:
+        if self.reached or (finished and self.agreed == len(self.want)):
+            return None
+        return self.left_at if self.detour is not None else min(self.agreed, len(self.want) - 1)
 
 
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
