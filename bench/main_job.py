@@ -34,9 +34,13 @@ class Job:
 
 JOBS = {
     "resnet20": Job("resnet20", "resnet20_cifar10", "cifar10", "macs=0.5", (*IMAGENET, "--epochs", "3")),
-    "resnet56": Job("resnet56", "resnet56_cifar10", "cifar10", "macs=0.5", (*IMAGENET, "--epochs", "3")),
+    "resnet56": Job("resnet56", "resnet56_cifar10", "cifar10", "macs=0.5", (*IMAGENET, "--epochs", "4", "--rounds", "1")),
     "mobilenet_v2": Job(
-        "mobilenet_v2", "mobilenet_v2_imagenette", "imagenette224", "macs=0.6", (*SYMMETRIC, "--epochs", "3", "--batch-size", "32")
+        "mobilenet_v2",
+        "mobilenet_v2_imagenette",
+        "imagenette224",
+        "macs=0.6",
+        (*SYMMETRIC, "--epochs", "3", "--rounds", "1", "--batch-size", "32", "--lr", "0.02"),
     ),
 }
 
