@@ -57,9 +57,9 @@ class _Search:
         self.coupling = coupling
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.by_module: dict[str, list[int]] = defaultdict(list)
-        for k, op in enumerate(coupling.graph.ops):
-            self.by_module[op.module].append(k)
         self.trials = Trials(model, inputs, coupling)
+        for step in self.trials.steps:  # copies don't count: whether there is one depends on strides, so modules of one class would differ
+            self.by_module[coupling.graph.ops[step.index].module].append(step.index)
         if self.trials.at_rest is not None:
             op = coupling.graph.ops[self.trials.steps[self.trials.at_rest].index]
             for axis in coupling.prunable:
@@ -243,7 +243,7 @@ class _Search:
         path = self.coupling.graph.ops[k].module
         before = [i for i in self.by_module[path] if i <= k]
         within = [i for i, o in enumerate(self.coupling.graph.ops[:k]) if inside(o.module, path)]
-        values = [v for i in {*before, *within[:4], k} for v in self.coupling.graph.ops[i].inputs if v is not None]
+        values = [v for i in sorted({*before, *within[:4], k}) for v in self.coupling.graph.ops[i].inputs if v is not None]
         activations = [v for v in values if self.coupling.graph.values[v].kind is Kind.INTERMEDIATE]
         return list(dict.fromkeys(find(a) for v in activations for a in self.coupling.dims[v]))
 
