@@ -69,7 +69,8 @@ def test_the_target_holds_and_equals_counting(
     cost = coupling.cost(kept(coupling, plan))
     pruned = coppice.apply(model, plan)
     assert all(getattr(cost, k) <= budget for k, budget in budgets.items())
-    assert any(getattr(cost, k) > 0.85 * budget for k, budget in budgets.items()), "far more was cut than the target asks for"
+    close = 0.85 if round_to == 1 or allocation == "global" else 0.6  # one uniform share, on a grid of 8 and widths of 32 to 64, is coarse
+    assert any(getattr(cost, k) > close * budget for k, budget in budgets.items()), "far more was cut than the target asks for"
     assert cost.params == sum(p.numel() for p in pruned.parameters())
     assert cost.bytes == sum(t.numel() * t.element_size() for t in pruned.state_dict().values())
     assert cost == coppice.couple(coppice.capture(pruned, torch.randn(1, 3, 16, 16))).cost()

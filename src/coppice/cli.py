@@ -338,11 +338,12 @@ def _finish(folder: Path, work: Callable[[], Result]) -> None:
     with _guarded(folder):
         result = work()
     _print_result(result.metrics)
-    typer.echo(f"report: {folder / 'report.html'}")
-    if not result.met:
+    if result.met:
+        typer.echo(result.statement)
+    else:
         _complain(result.statement)
-        raise typer.Exit(2)
-    typer.echo(result.statement)
+    typer.echo(f"report: {folder / 'report.html'}")
+    raise typer.Exit(0 if result.met else 2)
 
 
 @contextmanager
