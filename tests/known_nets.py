@@ -778,3 +778,53 @@ class NestedInputs(nn.Module):
 @known(AWKWARD)
 def nested_list_of_inputs() -> Net:
     return NestedInputs(), ([image(), [image(5), torch.randn(2, 4)]],)
+
+
+class KeepsAnchors(nn.Module):
+    """Anchors made in the first forward pass of a size and kept: the second pass runs other ops, as in many detectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.Conv2d(16, 24, 3, 2, 1)
+        self.boxes = nn.Conv2d(24, 4, 1)
+        self.made_for: torch.Size | None = None
+        self.anchors = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.boxes(F.relu(self.body(F.relu(self.stem(x)))))
+        if self.made_for != y.shape[2:]:
+            self.made_for = y.shape[2:]
+            steps = [torch.arange(n, dtype=x.dtype) + 0.5 for n in self.made_for]
+            self.anchors = torch.stack(torch.meshgrid(*steps, indexing="ij")).repeat(2, 1, 1)
+        return y.sigmoid() * 2 + self.anchors
+
+
+@known(AWKWARD)
+def anchors_kept_between_passes() -> Net:
+    return KeepsAnchors(), (image(),)
+
+
+class ThreeNumbers(nn.Module):
+    """Attention over a map whose view is told three attributes at once, one of them twice; values wider than keys."""
+
+    def __init__(self, width: int = 24, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.value_dim, self.key_dim = heads, width // heads, 5
+        self.stem = nn.Conv2d(3, width, 2, 2)
+        self.qkv = nn.Conv2d(width, heads * (2 * self.key_dim + self.value_dim), 1)
+        self.proj = nn.Conv2d(width, width, 1)
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, c, h, w = x.shape
+        qkv = self.qkv(x).view(b, self.heads, self.key_dim * 2 + self.value_dim, h * w)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=2)
+        y = v @ (q.transpose(-2, -1) @ k * self.key_dim**-0.5).softmax(-1).transpose(-2, -1)
+        return self.fc((x + self.proj(y.reshape(b, c, h, w))).mean((2, 3)))
+
+
+@known(AWKWARD)
+def three_numbers_in_one_view() -> Net:
+    return ThreeNumbers(), (image(),)

@@ -127,6 +127,7 @@ CASES = [
     Case("view across", "view", ((6, 4),), lambda t, told: t[0].view(told.shapes[0]), Told(shapes=((2, 12),))),
     Case("permute", "permute", ((2, 3, 4),), lambda t, _: t[0].permute(2, 0, 1)),
     Case("expand", "expand", ((5, 1),), lambda t, _: t[0].expand(2, -1, 3)),
+    Case("repeat", "repeat", ((5, 3, 1),), lambda t, _: t[0].repeat(2, 1, 3, 4)),
     Case("concat", "concat", ((2, 3, 4), (2, 5, 4), (2, 3, 4)), lambda t, _: torch.cat(t, 1)),
     Case("stack", "stack", ((3, 4), (3, 4)), lambda t, _: torch.stack(t, 1)),
     Case(

@@ -23,6 +23,7 @@ from coppice.rules import LINES
 
 Mask = NDArray[np.bool_]
 ALONE = "no parameter lies on it"
+UNREAD = "the forward pass does not read it"
 KERNEL = "a kernel or image size"
 
 
@@ -166,6 +167,7 @@ def couple(graph: Graph) -> Coupling:
         for kind in (("params", "bytes") if w.kind is Kind.PARAMETER else ("bytes",))
     ]
     coupling = Coupling(graph, known, infos, macs + sizes)
+    _pin_unread(coupling)
     _pin_lone_axes(coupling)
     if graph.origin is not None:
         graph.origin.bind_sizes(coupling)
@@ -175,6 +177,14 @@ def couple(graph: Graph) -> Coupling:
 def _given(dims: Sequence[Dims | None], graph: Graph, value: int) -> Dims:
     found = dims[value]
     return fixed(graph.shape(value)) if found is None else found
+
+
+def _pin_unread(coupling: Coupling) -> None:
+    """A weight that no op reads (a mask token without masks) may meet others in code that did not run: nobody knows which."""
+    graph = coupling.graph
+    read = {v for op in graph.ops for v in (*op.inputs, *op.others, *op.outputs)} | set(graph.outputs)
+    for axis in (a for v in graph.weights() if v.id not in read for a in coupling.dims[v.id]):
+        pin(axis, UNREAD)
 
 
 def _pin_lone_axes(coupling: Coupling) -> None:

@@ -85,6 +85,17 @@ def expand(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[
     return [tuple(a if find(a).size == size else Axis(size) for a, size in zip(padded, shape, strict=True))]
 
 
+def repeat(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
+    """Copies laid end to end: copy by copy, each of them the whole axis. A dim of size 1 is stretched, as ``expand`` does it."""
+    dims = (Axis(1),) * (len(shapes[0]) - len(operands[0])) + operands[0]
+    return [tuple(_copies(axis, size) for axis, size in zip(dims, shapes[0], strict=True))]
+
+
+def _copies(axis: Axis, size: int) -> Axis:
+    once = find(axis).size
+    return axis if once == size else Axis(size) if once == 1 else product_of([Axis(size // once, "copies made by the code"), axis])
+
+
 def concat(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
     dim, rank = attrs["dim"], len(shapes[0])
     parts = [o for o in operands if len(o) == rank]
@@ -186,6 +197,7 @@ SHAPE_RULES: dict[str, Callable[[list[Dims], Shapes, dict[str, Any]], list[Dims]
     "view": view,
     "permute": permute,
     "expand": expand,
+    "repeat": repeat,
     "concat": concat,
     "stack": stack,
     "take_apart": take_apart,

@@ -264,6 +264,7 @@ TABLE: Table = {
     **_each("transpose", _permute(_swap)),
     **_each("t", _permute(lambda c: _identity_map(c)[::-1])),
     **_each("expand", lambda c: ("expand", [c.x], {})),
+    **_each("repeat", lambda c: ("repeat", [c.x], {}) if all(c.outs[0].shape) else ("unknown", [c.x], {"reason": "repeated no times"})),
     **_each("cat concat", _cat("concat", 0)),
     **_each("stack", _cat("stack", 1)),
     **_each("split split_with_sizes slice narrow chunk unsafe_split unsafe_split_with_sizes unsafe_chunk", _take_apart),

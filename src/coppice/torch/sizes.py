@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -154,14 +154,39 @@ class _Search:
             singles = [[c] for c in self._candidates(path, changed)]
             sequences = list(self._sequences(path, changed))
             pairs = [[*a, *b] for a, b in combinations(singles, 2) if a[0][:2] != b[0][:2]]
-            for chosen in (*singles, *sequences, *pairs[:32]):
-                before = dict(self.coupling.bindings)
-                self._bind_like(path, k, chosen)
-                if works():
-                    return True
-                self.coupling.bindings.clear()
-                self.coupling.bindings.update(before)
+            if any(self._try_binding(path, k, chosen, works) for chosen in (*singles, *sequences, *pairs[:32])):
+                return True
+            if self._bind_several(path, k, singles, works):
+                return True
         return False
+
+    def _try_binding(self, path: str, k: int, chosen: list[Choice], works: Callable[[], bool]) -> bool:
+        before = dict(self.coupling.bindings)
+        self._bind_like(path, k, chosen)
+        if works():
+            return True
+        self._restore(before)
+        return False
+
+    def _bind_several(self, path: str, k: int, singles: list[list[Choice]], works: Callable[[], bool]) -> bool:
+        """A size made of three or more attributes: all that fit, each as the first axis of its size, less those not needed."""
+        before = dict(self.coupling.bindings)
+        first = {(attribute, index): (attribute, index, position) for [(attribute, index, position)] in reversed(singles)}
+        chosen = list(first.values())
+        if len(chosen) < 3 or not self._try_binding(path, k, chosen, works):
+            return False
+        for choice in list(chosen):
+            fewer, found = [c for c in chosen if c != choice], dict(self.coupling.bindings)
+            self._restore(before)
+            if self._try_binding(path, k, fewer, works):
+                chosen = fewer
+            else:
+                self._restore(found)
+        return True
+
+    def _restore(self, bindings: Mapping[tuple[str, str, int | None], Axis]) -> None:
+        self.coupling.bindings.clear()
+        self.coupling.bindings.update(bindings)
 
     def _held(self, path: str) -> Iterator[tuple[str, int | None, int]]:
         """``(attribute, index, number)`` of every whole number that the module at ``path`` holds and that is not bound yet."""
