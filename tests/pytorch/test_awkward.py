@@ -10,9 +10,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import coppice
 from coppice.allocate import smallest
+from coppice.coupling import UNREAD
 from coppice.testing import flat_outputs
 from coppice.torch.capture import quiet_eval
 from known_nets import AWKWARD
@@ -65,3 +67,23 @@ def test_the_models_own_flags_are_left_alone() -> None:
     coppice.capture(model, inputs)
     assert [m.training for m in model.modules()].count(False) == 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class SpareToken(nn.Module):
+    """A token that the code reads only when it is given masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(16))
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        x = self.embed(x)
+        return self.head(x if masks is None else torch.where(masks[..., None], self.mask_token, x))
+
+
+def test_what_the_forward_pass_does_not_read_is_pinned() -> None:
+    model = SpareToken()
+    assert coppice.couple(coppice.capture(model, torch.randn(2, 5, 6))).pins[UNREAD] == ["mask_token:0"]
+    masks = torch.tensor([[True, False, True, True, False]] * 2)
+    assert UNREAD not in coppice.couple(coppice.capture(model, (torch.randn(2, 5, 6), masks))).pins
