@@ -139,9 +139,10 @@ def same_bits(a: list[Any], b: list[Any]) -> bool:
 
 def check_saved(dense: Any, pruned: Any, plan: Any, inputs: tuple[Any, ...]) -> str | None:
     """Save as safetensors, load into a fresh dense model with the plan's JSON, compare bit for bit."""
+    from safetensors.torch import load_file, save_model
+
     import coppice
     from coppice.torch.apply import build
-    from safetensors.torch import load_file, save_model
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(pruned, f"{folder}/model.safetensors")
@@ -217,10 +218,11 @@ def choose_plan(coppice: Any, coupling: Any, scores: Any) -> tuple[Any, int, str
     return coppice.plan(coupling, scores, {"macs": min(least * 1.02 + 1, dense)}, round_to=1, min_width=1), 1, reason
 
 
-def prune_one(line: str, onnx: bool) -> Row:
+def prune_one(line: str, onnx: bool, quick: bool = False) -> Row:
     """Everything about one model. Each stage that fails says so in the row, and the stages after it that can run still do."""
-    import coppice
     import torch
+
+    import coppice
 
     lib, name, size = parse_line(line)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -253,10 +255,12 @@ def prune_one(line: str, onnx: bool) -> Row:
         dense, cost = coupling.cost(), coupling.cost({ids[a.name]: len(a.keep) for a in plan.axes})
         row |= {"macs": dense.macs, "macs_ratio": round(cost.macs / max(dense.macs, 1), 4), "params": dense.params}
         row["params_ratio"] = round(sum(p.numel() for p in pruned.parameters()) / max(1, sum(p.numel() for p in model.parameters())), 4)
+        if quick:
+            stage("forward", lambda: evaluated(pruned, inputs))
+            return row
         found = stage("verify", lambda: coppice.verify(model, pruned, coupling, plan))
         row |= {"verified": True, "max_error": found.max_error, "detour": found.detour}
         row["own_class"] = type(pruned) is type(model)
-        del graph, coupling, scores
         for check, work in (
             ("train_eval", lambda: check_train_eval(pruned, inputs)),
             ("saved_loaded", lambda: check_saved(model, pruned, plan, inputs)),
@@ -283,7 +287,7 @@ class StageError(Exception):
 
 def describe(model: Any, coupling: Any) -> Row:
     """How much of the model may be cut, and why the rest may not."""
-    names = {n: p for n, p in model.named_parameters()}
+    names = dict(model.named_parameters())
     on_axis = {site for axis in coupling.prunable for site, _ in axis.sites}
     total = sum(p.numel() for p in names.values())
     return {
@@ -304,9 +308,9 @@ def parse_line(line: str) -> tuple[str, str, tuple[int, int]]:
     return lib, name, (int(height), int(width))
 
 
-def run_line(line: str, onnx: bool, timeout: float) -> Row:
+def run_line(line: str, options: list[str], timeout: float) -> Row:
     """The row of one model, from a process of its own."""
-    command = [sys.executable, __file__, "--one", line, *(["--onnx"] if onnx else [])]
+    command = [sys.executable, __file__, "--one", line, *options]
     start = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
@@ -331,8 +335,8 @@ def table(rows: list[Row], about: str) -> str:
     median = shares[len(shares) // 2] if shares else 0.0
     lines = [
         f"{len(verified)} of {len(rows)} models pruned and verified; {len(met)} reach {SHARE} × MACs "
-        f"({sum(r['grid'] == GRIDS[0] for r in met)} of them on widths of multiples of {GRIDS[0]}); {sum(map(passed, rows))} pass every check; "
-        f"median share of parameters on prunable axes {median:.1%}; "
+        f"({sum(r['grid'] == GRIDS[0] for r in met)} of them on widths of multiples of {GRIDS[0]}); "
+        f"{sum(map(passed, rows))} pass every check; median share of parameters on prunable axes {median:.1%}; "
         f"{sum(r.get('seconds', 0) for r in verified):.0f} s from capture to the pruned model in all. {about}".rstrip(),
         "",
         "| model | verified | MACs × | grid | params × | prunable | pinned axes: reasons | s | peak MB | train | save | ONNX | note |",
@@ -364,6 +368,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300, help="seconds a model")
     parser.add_argument("--onnx", action="store_true", help="also export to ONNX and compare with ONNX Runtime")
+    parser.add_argument("--quick", action="store_true", help="stop after one forward pass of the pruned model: nothing is verified")
     parser.add_argument("--out", type=Path, help="a JSONL file, one row a model; models that are in it are not run again")
     parser.add_argument("--again", action="store_true", help="run models that are in --out again")
     parser.add_argument("--table", type=Path, help="write the Markdown table here")
@@ -371,7 +376,7 @@ def main() -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        row = prune_one(args.one, args.onnx)
+        row = prune_one(args.one, args.onnx, args.quick)
         print("ROW " + json.dumps(row), flush=True)
         return 0
     every = [text.strip() for text in args.list.read_text().splitlines() if text.strip() and not text.startswith("#")]
@@ -379,8 +384,9 @@ def main() -> int:
     if args.out is not None and args.out.exists():
         rows = {r["name"]: r for r in map(json.loads, args.out.read_text().splitlines())}
     todo = [x for x in every if (args.only is None or re.search(args.only, x)) and (args.again or x not in rows)]
+    options = ["--onnx"] * args.onnx + ["--quick"] * args.quick
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda x: run_line(x, args.onnx, args.timeout), todo):
+        for row in pool.map(lambda x: run_line(x, options, args.timeout), todo):
             rows[row["name"]] = row
             print(_table_row(row), file=sys.stderr, flush=True)
             if args.out is not None:
