@@ -66,7 +66,7 @@ def example_inputs(lib: str, name: str, size: tuple[int, int], batch: int) -> tu
     torch.manual_seed(batch)
     kind = family(name) if lib == "torchvision" else "classification"
     if kind == "video":
-        side = 224 if name in ("mvit_v2_s", "swin3d_t") else 112
+        side = 224 if name in ("mvit_v2_s", "swin3d_t", "s3d") else 112
         return (torch.randn(batch, 3, 16, side, side),)
     if kind == "optical_flow":
         return (torch.rand(batch, 3, 128, 128) * 2 - 1, torch.rand(batch, 3, 128, 128) * 2 - 1)

@@ -56,6 +56,7 @@ class Case:
 
 
 PAIRS = torch.tensor([[0, 2], [1, 1]])
+MASK = torch.tensor([True, False, True, True])
 GRID = torch.linspace(-1, 1, 2 * 3 * 3 * 2, dtype=torch.float64).view(2, 3, 3, 2)
 BOX = torch.tensor([[0.0, 0, 0, 3, 3], [1, 1, 1, 4, 4]], dtype=torch.float64)
 
@@ -151,13 +152,24 @@ CASES = [
     Case("index", "along", ((4, 5),), lambda t, _: t[0][PAIRS[0]]),
     Case("index in between", "along", ((3, 4, 5),), lambda t, _: t[0][:, PAIRS]),
     Case("indices apart", "along", ((3, 4, 5),), lambda t, _: t[0][PAIRS[0], :, PAIRS[1]]),
-    Case("zeros", "fresh", (), lambda t, _: torch.zeros(4, 5, dtype=torch.float64), cut=False),
+    Case("boolean mask", "along", ((3, 4, 5),), lambda t, _: t[0][:, MASK]),
+    Case("index put", "put", ((4, 5), (2, 5)), lambda t, _: torch.index_put(t[0], [PAIRS[0]], t[1])),
+    Case("boolean mask put", "put", ((3, 4, 5), (5,)), lambda t, _: masked_put(*t)),
+    Case("top k", "along", ((3, 4),), lambda t, _: t[0].topk(2, 1)[0]),
+    Case("zeros", "filled", ((4, 5),), lambda t, told: t[0] + torch.zeros(told.shapes[0], dtype=torch.float64), Told(shapes=((4, 5),))),
+    Case("arange", "fresh", (), lambda t, _: torch.arange(4, dtype=torch.float64), cut=False),
     Case("inverse", "unknown", ((4, 4),), lambda t, _: torch.linalg.inv_ex(t[0])[0], cut=False),
 ]
 
 
 def masked_attention(t: list[Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(*t[:3], attn_mask=t[3].detach(), scale=0.4)
+
+
+def masked_put(x: Tensor, values: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, MASK] = values
+    return x
 
 
 class Operands(nn.Module):

@@ -177,8 +177,27 @@ def along(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[D
     return [out if len(shape) == len(out) else fixed(shape) for shape in shapes]
 
 
+def put(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
+    """Values written where index tensors say: dims that are not indexed are those of the values; ``map`` is that of reading there."""
+    (dims, values), mapping = operands, attrs["map"]
+    for k, axis in enumerate(dims):
+        if k not in mapping:
+            pin(axis, "written to by an index tensor")
+    for k, value in zip(mapping[::-1], values[::-1], strict=False):
+        if k is None:
+            pin(value, "written to by an index tensor")
+        elif find(value).size != 1:
+            unify(dims[k], value)
+    return [dims]
+
+
+def filled(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
+    """The same number everywhere: the size may be any that the code asks for, and all indices are alike."""
+    return [tuple(Axis(size) for size in shape) for shape in shapes]
+
+
 def fresh(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
-    """Tensors made from numbers alone (zeros, arange): the code gave their size, which no plan changes."""
+    """Numbers made by the code, each other than the next (arange): its size is one that no plan changes."""
     return [fixed(shape, "made by the code with a fixed size") for shape in shapes]
 
 
@@ -204,6 +223,8 @@ SHAPE_RULES: dict[str, Callable[[list[Dims], Shapes, dict[str, Any]], list[Dims]
     "halves": halves,
     "pad": pad,
     "along": along,
+    "put": put,
+    "filled": filled,
     "fresh": fresh,
     "unknown": unknown,
 }

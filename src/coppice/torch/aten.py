@@ -180,20 +180,32 @@ def _pad(c: Call) -> Translation:
     return "pad", [c.x], {"pads": [(0, 0)] * (rank - len(pairs)) + pairs}
 
 
-def _index(c: Call) -> Translation:
-    """Indexing by tensors: the dims indexed are replaced by the indices' own shape (in front, if they are not neighbours)."""
-    rank, indices = len(c.x.shape), list(c["indices"])
-    used = [k for k, i in enumerate(indices) if i is not None]
+def _indexed(c: Call) -> list[int | None]:
+    """For each dim of ``x[indices]`` the dim of x that it is, or None where the indices' own shape stands (in front, if not neighbours)."""
+    rank = len(c.x.shape)
+    used: list[int] = []
+    dim = 0
+    for index in c["indices"]:
+        width = len(index.shape) if index is not None and index.boolean else 1
+        if index is not None:
+            used += range(dim, dim + width)
+        dim += width
     if not used:
-        return "along", [c.x], {"map": list(range(rank))}
-    if any(indices[k].boolean for k in used):
-        return "unknown", [c.x], {"reason": "picked from by a boolean mask"}
-    new = len(c.outs[0].shape) - (rank - len(used))
+        return list(range(rank))
+    new = max(1 if i.boolean else len(i.shape) for i in c["indices"] if i is not None)
     untouched = [k for k in range(rank) if k not in used]
     neighbours = used == list(range(used[0], used[-1] + 1))
     at = sum(k < used[0] for k in untouched) if neighbours else 0
-    mapping = [*untouched[:at], *[None] * new, *untouched[at:]]
-    return "along", [c.x], {"map": mapping, "reason": "picked from by an index tensor"}
+    return [*untouched[:at], *[None] * new, *untouched[at:]]
+
+
+def _index(c: Call) -> Translation:
+    """Indexing by tensors: the dims indexed are replaced by the indices' own shape."""
+    return "along", [c.x], {"map": _indexed(c), "reason": "picked from by an index tensor"}
+
+
+def _index_put(c: Call) -> Translation:
+    return "put", [c["self"], c["values"]], {"map": _indexed(c)}
 
 
 def _index_select(c: Call) -> Translation:
@@ -272,16 +284,18 @@ TABLE: Table = {
     **_each("unbind", _unbind),
     **_each("constant_pad_nd", _pad),
     **_each("index _unsafe_index", _index),
+    **_each("index_put _unsafe_index_put _index_put_impl", _index_put),
     **_each("index_select", _index_select),
     **_each("_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod", _mixing()),
     **_each("flip roll", _reordering("dims")),
-    **_each("sort argsort", _reordering("dim")),
+    **_each("sort argsort topk", _reordering("dim")),
     **_each("sum", _reduction("summed")),
     **_each("mean amax amin max min var std var_mean std_mean logsumexp prod any all linalg_vector_norm norm", _reduction("mixed")),
     **_each(
-        "zeros ones full empty arange rand randn scalar_tensor new_zeros new_ones new_full new_empty linspace eye empty_strided",
-        lambda c: ("fresh", [], {}),
+        "zeros ones full empty scalar_tensor new_zeros new_ones new_full new_empty empty_strided",
+        lambda c: ("filled", [], {}),
     ),
+    **_each("arange rand randn randint randperm linspace eye", lambda c: ("fresh", [], {})),
     **_each("zeros_like ones_like full_like empty_like rand_like randn_like", lambda c: ("pointwise", [c.x], {})),
     **_each(
         "clone alias detach _to_copy contiguous lift_fresh lift copy native_dropout dropout where masked_fill fill fill_ zero bernoulli "

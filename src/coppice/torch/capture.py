@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
             known = self._new(tensor, Kind.CONSTANT).id
             self.constants[known] = tensor.detach().clone()
             self._keep.append(tensor)
-        return Ref(known, tuple(tensor.shape), tensor.dtype is torch.bool)
+        return Ref(known, tuple(tensor.shape), tensor.dtype in (torch.bool, torch.uint8))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -133,7 +133,7 @@ class Recorder(TorchDispatchMode):
             tuple(o.id for o in outs),
             self.stack[-1],
             attrs,
-            () if rule == "fresh" else tuple({r.id for r in refs_in([ref_args, ref_kwargs])} - {r.id for r in operands if r is not None}),
+            () if rule in ("fresh", "filled") else tuple({r.id for r in refs_in([ref_args, ref_kwargs])} - {r.id for r in operands if r is not None}),
             Replayable(func, ref_args, ref_kwargs),
         )
         self.ops.append(op)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -47,14 +47,16 @@ class Trials:
         """The first step at which the code disagrees with ``widths`` (or fails); None where all agree, as far as ``until``."""
         shapes, watch = planned_shapes(self.coupling, widths), _Watch(self.coupling, widths, until)
         finished = False
-        with _no_values() if self._fake else torch.random.fork_rng(devices=[]):
-            model, inputs = self._shrunk(shapes, widths)
-            with suppress(_Stop):
-                finished = record(model, inputs, watch)[2] is None
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if self._fake else None
+        with mode or nullcontext():
+            memo, inputs = self._tensors(shapes)
+        model = self._shrunk(memo, widths)  # outside the mode: tensors that are no parameters or buffers are copied as they are
+        with _without_values(mode) if mode else torch.random.fork_rng(devices=[]), suppress(_Stop):
+            finished = record(model, inputs, watch)[2] is None
         return watch.answer(finished)
 
-    def _shrunk(self, shapes: list[tuple[int, ...]], widths: Mapping[Axis, int]) -> tuple[nn.Module, tuple[Any, ...]]:
-        """A copy of the model with tensors of the trial's shapes, and every bound attribute at its new size."""
+    def _tensors(self, shapes: list[tuple[int, ...]]) -> tuple[dict[int, Any], tuple[Any, ...]]:
+        """Parameters and buffers of the trial's shapes (by the id of the model's own, as ``deepcopy`` wants them), and the inputs."""
         memo: dict[int, Any] = {}
         by_name = {name: shapes[v.id] for v in self.coupling.graph.weights() for name in v.names}
         for named in (self.model.named_parameters, self.model.named_buffers):
@@ -67,6 +69,12 @@ class Trials:
                 else:
                     new = tensor.detach()[tuple(slice(0, n) for n in shape)].clone()
                 memo[id(tensor)] = _like(tensor, new)
+        if self._fake:
+            return memo, tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), self.inputs)
+        return memo, tree_map_only(Tensor, torch.clone, self.inputs)
+
+    def _shrunk(self, memo: dict[int, Any], widths: Mapping[Axis, int]) -> nn.Module:
+        """A copy of the model with the tensors of ``memo``, and every bound attribute at its new size."""
         model = copy.deepcopy(self.model, memo)
         for (path, attribute, index), axis in self.coupling.bindings.items():
             module = model.get_submodule(path)
@@ -76,9 +84,7 @@ class Trials:
                 sizes[index] = size
                 size = sizes
             set_size(module, attribute, size)
-        if self._fake:
-            return model, tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), self.inputs)
-        return model, tree_map_only(Tensor, torch.clone, self.inputs)
+        return model
 
 
 class _Watch:
@@ -139,12 +145,12 @@ def _like(tensor: Tensor, new: Tensor) -> Tensor:
 
 
 @contextmanager
-def _no_values() -> Iterator[None]:
-    """Fake tensors; PyTorch logs an error for every op that refuses its shapes, which here is an answer like any other."""
+def _without_values(mode: FakeTensorMode) -> Iterator[None]:
+    """Run on fake tensors; PyTorch logs an error for every op that refuses its shapes, which here is an answer like any other."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with mode:
             yield
     finally:
         log.disabled = disabled
