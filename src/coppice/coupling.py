@@ -169,9 +169,8 @@ def couple(graph: Graph) -> Coupling:
     coupling = Coupling(graph, known, infos, macs + sizes)
     _pin_unread(coupling)
     _pin_lone_axes(coupling)
-    if graph.origin is not None:
-        graph.origin.bind_sizes(coupling)
-    return coupling
+    newer = graph.origin.bind_sizes(coupling) if graph.origin is not None else None
+    return coupling if newer is None else couple(newer)
 
 
 def _given(dims: Sequence[Dims | None], graph: Graph, value: int) -> Dims:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,17 +173,26 @@ def test_code_that_looks_at_values_is_tried_on_real_tensors() -> None:
     assert len(coupled(Looks(), torch.randn(2, 5)).prunable) == 1
 
 
+class Restless(nn.Module):
+    """Takes another way now and then: ``turns`` says at which call."""
+
+    def __init__(self, turns: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.a, self.b, self.calls, self.turns = nn.Linear(5, 12), nn.Linear(12, 3), [], turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        y = self.a(x)
+        return self.b(torch.relu(y) if self.turns(len(self.calls)) else torch.tanh(y))
+
+
 def test_code_that_never_runs_the_same_ops_is_pinned_and_says_so() -> None:
-    class Restless(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.calls = nn.Linear(5, 12), nn.Linear(12, 3), []
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls.append(1)
-            y = self.a(x)
-            return self.b(torch.relu(y) if len(self.calls) == 1 else torch.tanh(y))
-
-    coupling = coppice.couple(coppice.capture(Restless(), torch.randn(2, 5)))
+    coupling = coppice.couple(coppice.capture(Restless(lambda calls: calls % 2 == 0), torch.randn(2, 5)))
     assert not coupling.prunable
-    assert any("does not run the same ops twice (first at aten.relu" in reason for reason in coupling.pins)
+    assert any("does not run the same ops twice" in reason for reason in coupling.pins)
+
+
+def test_code_that_sets_something_up_when_first_called_is_recorded_again() -> None:
+    coupling = coupled(Restless(lambda calls: calls == 1), torch.randn(2, 5))
+    assert [a.name for a in coupling.prunable] == ["a.weight:0"]
+    assert "aten.tanh" in [op.name for op in coupling.graph.ops]

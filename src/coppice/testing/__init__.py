@@ -17,7 +17,7 @@ from coppice.coupling import Coupling
 from coppice.planning import make_plan
 from coppice.testing.networks import random_network
 from coppice.torch.apply import build
-from coppice.torch.replay import in_double
+from coppice.torch.capture import in_double
 
 TOLERANCE = 1e-8  # of outputs of size 1 to 10, in float64, through some 20 layers
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op, Value
 from coppice.torch.aten import Call, Ref, refs_in, translate
+from coppice.torch.decisions import Decision, decide, decides
 
 # Ops that neither compute nor move anything worth a line in the graph.
 IGNORED = {
@@ -29,6 +30,7 @@ IGNORED = {
 }
 
 
+LOW = (torch.float16, torch.bfloat16, torch.float32)
 OnOp = Callable[[Op, list[Tensor]], None]
 
 
@@ -39,12 +41,23 @@ class Origin:
     model: nn.Module
     inputs: tuple[Any, ...]
     constants: dict[int, Tensor]
+    again: bool = False  # recorded a second time, since the first forward pass was not like those after it
 
-    def bind_sizes(self, coupling: Coupling) -> None:
-        """Find out which attributes of the user's modules hold a width, and which widths the code ties or freezes."""
+    def bind_sizes(self, coupling: Coupling) -> Graph | None:
+        """Find out which attributes of the user's modules hold a width, and which widths the code ties or freezes.
+
+        Where the recorded pass was not like those after it (modules that set something up when first called), answers a new recording.
+        """
         from coppice.torch.sizes import bind_sizes
+        from coppice.torch.trial import Trials
 
-        bind_sizes(self.model, self.inputs, coupling)
+        trials = Trials(self.model, self.inputs, coupling)
+        if trials.at_rest is not None and not self.again:
+            graph = capture(self.model, self.inputs)
+            graph.origin.again = True
+            return graph
+        bind_sizes(self.model, trials, coupling)
+        return None
 
     def parameters(self, model: nn.Module) -> dict[str, NDArray[Any]]:
         """Every parameter as a NumPy array."""
@@ -66,12 +79,24 @@ class Replayable:
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    decision: Decision | None = None
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every op that runs inside the ``with`` block; ``on_op(op, results)`` is called after each."""
+    """Writes down every op that runs inside the ``with`` block; ``on_op(op, results)`` is called after each.
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], on_op: OnOp | None = None) -> None:
+    Given the ``decisions`` of an earlier run, what the code decides on values comes out as it did there. ``double``: where the code asks
+    for a lower precision by name, it gets float64.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, ...],
+        on_op: OnOp | None = None,
+        decisions: Sequence[Decision] | None = None,
+        double: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
@@ -80,12 +105,15 @@ class Recorder(TorchDispatchMode):
         self._ids = WeakIdKeyDictionary()
         self._keep: list[Tensor] = []
         self._on_op = on_op
+        self._decisions = None if decisions is None else list(decisions)[::-1]
+        self._double = double
         for kind, named in ((Kind.PARAMETER, model.named_parameters), (Kind.BUFFER, model.named_buffers)):
             for name, tensor in named(remove_duplicate=False):
                 if tensor is not None:
                     self._name(tensor, kind, name)
         self.weights = len(self.values)
         self.input_ids = tuple(self._new(t, Kind.INPUT).id for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
+        self._from_data = {v.id for v in self.values if v.kind is not Kind.BUFFER}  # values that are no mere consequence of sizes
 
     def _new(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Value:
         value = Value(len(self.values), tuple(tensor.shape), kind, tensor.element_size(), names)
@@ -116,14 +144,26 @@ class Recorder(TorchDispatchMode):
             name.startswith("prim::") or name in IGNORED or (name == "aten::as_strided_" and tuple(args[1]) == tuple(args[0].shape))
         ):  # only normalises strides
             return func(*args, **kwargs)
+        if self._double:
+            args, kwargs = tree_map_only(torch.dtype, raised, (args, kwargs))
         ref_args = tree_map_only(Tensor, self.ref, args)
         ref_kwargs = tree_map_only(Tensor, self.ref, kwargs)
-        result = func(*args, **kwargs)
+        from_data = any(r.id in self._from_data for r in refs_in([ref_args, ref_kwargs]))
+        decision = None
+        if from_data and decides(func, args):
+            given = self._decisions.pop() if self._decisions else None
+            result, decision = decide(func, args, kwargs, given)
+        else:
+            result = func(*args, **kwargs)
+        if self._double and name == "aten::lift_fresh":
+            result = in_double(result)
         outs = []
         for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor):
                 known = self._ids.get(tensor)
                 outs.append(Ref(self._new(tensor, Kind.INTERMEDIATE).id if known is None else known, tuple(tensor.shape)))
+        if from_data:
+            self._from_data.update(o.id for o in outs)
         call = Call(_by_name(func, ref_args, ref_kwargs), outs)
         rule, operands, attrs = translate(func, call)
         op = Op(
@@ -133,8 +173,10 @@ class Recorder(TorchDispatchMode):
             tuple(o.id for o in outs),
             self.stack[-1],
             attrs,
-            () if rule in ("fresh", "filled") else tuple({r.id for r in refs_in([ref_args, ref_kwargs])} - {r.id for r in operands if r is not None}),
-            Replayable(func, ref_args, ref_kwargs),
+            ()
+            if rule in ("fresh", "filled")
+            else tuple({r.id for r in refs_in([ref_args, ref_kwargs])} - {r.id for r in operands if r is not None}),
+            Replayable(func, ref_args, ref_kwargs, decision),
         )
         self.ops.append(op)
         if self._on_op is not None:
@@ -176,6 +218,27 @@ def _tracking_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
             hook.remove()
 
 
+def raised(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in LOW else dtype
+
+
+def in_double(tree: Any) -> Any:
+    """Every floating tensor of ``tree`` in float64, every floating dtype as float64."""
+    tree = tree_map_only(Tensor, lambda t: t.detach().double() if t.dtype in LOW else t.detach(), tree)
+    return tree_map_only(torch.dtype, raised, tree)
+
+
+@contextmanager
+def default_double() -> Iterator[None]:
+    """Tensors that the code makes without naming a precision are float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients and without attention's fused fast path (one opaque op); the model's flags are restored."""
@@ -192,10 +255,16 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def record(model: nn.Module, inputs: tuple[Any, ...], on_op: OnOp | None = None) -> tuple[Recorder, Any, Exception | None]:
+def record(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    on_op: OnOp | None = None,
+    decisions: Sequence[Decision] | None = None,
+    double: bool = False,
+) -> tuple[Recorder, Any, Exception | None]:
     """Run ``model(*inputs)`` under a :class:`Recorder`; answers the recorder, the model's output, and what the code raised, if it did."""
-    with quiet_eval(model):
-        recorder = Recorder(model, inputs, on_op)
+    with quiet_eval(model), default_double() if double else nullcontext():
+        recorder = Recorder(model, inputs, on_op, decisions, double)
         try:
             with _tracking_modules(model, recorder.stack), recorder:
                 return recorder, model(*inputs), None
@@ -210,6 +279,11 @@ def _kept_state(model: nn.Module) -> dict[tuple[str, str], int]:
         for path, module in model.named_modules()
         for name, value in (*vars(module).items(), *module._buffers.items())
     }
+
+
+def decisions_of(graph: Graph) -> list[Decision]:
+    """What the recorded pass decided on values, in order."""
+    return [op.call.decision for op in graph.ops if op.call.decision is not None]
 
 
 def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:

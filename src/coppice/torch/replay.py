@@ -19,15 +19,8 @@ from coppice.axes import Axis, atoms, find
 from coppice.coupling import Coupling, Mask, keep_mask
 from coppice.graph import Kind, Op
 from coppice.torch.aten import Ref, base_name
-from coppice.torch.capture import Replayable, quiet_eval
-
-LOW = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def in_double(tree: Any) -> Any:
-    """Every floating tensor of ``tree`` in float64, every floating dtype as float64."""
-    tree = tree_map_only(Tensor, lambda t: t.detach().double() if t.dtype in LOW else t.detach(), tree)
-    return tree_map_only(torch.dtype, lambda d: torch.float64 if d in LOW else d, tree)
+from coppice.torch.capture import Replayable, default_double, in_double, quiet_eval
+from coppice.torch.decisions import Decision, decide
 
 
 def _at_new_sizes(name: str, args: tuple[Any, ...], groups: int) -> tuple[Any, ...]:
@@ -77,7 +70,7 @@ class Replay:
         """The graph's outputs. ``scalars``: calls of the pruned model whose numbers (a mean's divisor, an attention's scale) replace the
         dense ones; ``watch(op index, results)`` sees every op's results, restricted to the kept indices.
         """
-        with quiet_eval(self.coupling.graph.origin.model):
+        with quiet_eval(self.coupling.graph.origin.model), default_double():
             for k, op in enumerate(self.coupling.graph.ops):
                 call = (scalars or {}).get(k, op.call)
                 outs = self._step(op, k, op.call if call is op.call else _with_numbers(op.call, call))
@@ -102,6 +95,9 @@ class Replay:
 
     def _call(self, call: Replayable, get: Callable[[Ref], Tensor]) -> Any:
         args, kwargs = tree_map_only(Ref, get, (in_double(call.args), in_double(call.kwargs)))
+        if call.decision is not None:
+            given = Decision(call.decision.op, in_double(call.decision.answer))
+            return decide(call.func, args, kwargs, given)[0]
         func = (
             torch.ops.aten.reshape.default if call.func is torch.ops.aten.view.default else call.func
         )  # a masked operand may have other strides
@@ -164,4 +160,4 @@ def _with_numbers(dense: Replayable, sliced: Replayable) -> Replayable:
             return {k: merge(v, b.get(k, v)) for k, v in a.items()}
         return a
 
-    return Replayable(dense.func, merge(dense.args, sliced.args), merge(dense.kwargs, sliced.kwargs))
+    return Replayable(dense.func, merge(dense.args, sliced.args), merge(dense.kwargs, sliced.kwargs), dense.decision)

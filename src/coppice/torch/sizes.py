@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import combinations
-from typing import Any
 
 from torch import nn
 
@@ -36,10 +35,10 @@ SHORT = 6  # a short axis has few widths, which agree by chance more often; it i
 Choice = tuple[str, int | None, int]  # an attribute, its index where it is a sequence, and which of an op's sized axes it holds
 
 
-def bind_sizes(model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
+def bind_sizes(model: nn.Module, trials: Trials, coupling: Coupling) -> None:
     """Fill ``coupling.bindings`` and ``coupling.ties``, and pin what the code freezes."""
     bind_known_modules(model, coupling)
-    search = _Search(model, inputs, coupling)
+    search = _Search(model, trials, coupling)
     seed = agreed = 0
     while agreed < search.rounds() and coupling.prunable:
         at = search.trials.run(search.widths(seed))
@@ -53,11 +52,10 @@ def bind_sizes(model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) ->
 
 
 class _Search:
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
-        self.coupling = coupling
+    def __init__(self, model: nn.Module, trials: Trials, coupling: Coupling) -> None:
+        self.coupling, self.trials = coupling, trials
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.by_module: dict[str, list[int]] = defaultdict(list)
-        self.trials = Trials(model, inputs, coupling)
         for step in self.trials.steps:  # copies don't count: whether there is one depends on strides, so modules of one class would differ
             self.by_module[coupling.graph.ops[step.index].module].append(step.index)
         if self.trials.at_rest is not None:

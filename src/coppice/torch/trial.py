@@ -21,7 +21,7 @@ from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Op
 from coppice.torch.apply import set_size
-from coppice.torch.capture import record
+from coppice.torch.capture import decisions_of, record
 from coppice.torch.lockstep import inside, planned, planned_shapes, step
 
 CHEAP = 3_000_000  # MACs that take as long as an op on fake tensors
@@ -37,6 +37,7 @@ class Trials:
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
         self.model, self.inputs, self.coupling = model, inputs, coupling
         self.steps = planned(coupling, {})
+        self.decisions = decisions_of(coupling.graph)
         self._fake = coupling.cost().macs * coupling.graph.batch > CHEAP * len(coupling.graph.ops)
         self.at_rest = self.run({})
         if self.at_rest is not None and self._fake:
@@ -52,7 +53,7 @@ class Trials:
             memo, inputs = self._tensors(shapes)
         model = self._shrunk(memo, widths)  # outside the mode: tensors that are no parameters or buffers are copied as they are
         with _without_values(mode) if mode else torch.random.fork_rng(devices=[]), suppress(_Stop):
-            finished = record(model, inputs, watch)[2] is None
+            finished = record(model, inputs, watch, self.decisions)[2] is None
         return watch.answer(finished)
 
     def _tensors(self, shapes: list[tuple[int, ...]]) -> tuple[dict[int, Any], tuple[Any, ...]]:

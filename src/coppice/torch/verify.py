@@ -24,9 +24,10 @@ from coppice.errors import VerificationError
 from coppice.graph import Op
 from coppice.planning import Plan
 from coppice.torch.apply import sliced
-from coppice.torch.capture import OnOp, Recorder, record
+from coppice.torch.capture import OnOp, Recorder, decisions_of, in_double, record
+from coppice.torch.decisions import Decision
 from coppice.torch.lockstep import Step, first_difference, planned, step
-from coppice.torch.replay import Replay, in_double
+from coppice.torch.replay import Replay
 
 TOLERANCE = 1e-7  # of the largest output; double precision leaves nine more orders for a real mistake to show
 
@@ -67,11 +68,20 @@ def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) 
         error = comparison.error()
         worst = max(worst, error)
         checked.append(f"with {weights} weights, sliced equals the oracle in fp64 (relative error {error:.1e})")
+    if decisions_of(coupling.graph):
+        _check_own_decisions(pruned, coupling)
+        checked.append("the code also runs through where it decides by its own values")
     if comparison.detour is None:
         checked.insert(1, f"{len(coupling.graph.ops)} recorded ops, each with the planned shapes")
     else:
         checked.insert(1, f"recorded ops up to {comparison.detour}, each with the planned shapes; from there the code takes another way")
     return Verification(worst, tuple(checked), time.perf_counter() - start, comparison.detour)
+
+
+def _check_own_decisions(pruned: nn.Module, coupling: Coupling) -> None:
+    error = record(pruned, coupling.graph.origin.inputs)[2]
+    if error is not None:
+        raise VerificationError(f"the pruned model fails where it decides by its own values: {error}") from error
 
 
 def _randomise(dense: nn.Module, small: nn.Module, plan: Plan) -> None:
@@ -156,7 +166,8 @@ class _Comparison:
         return Replay(self.coupling, self.dense, self.coupling.graph.origin.inputs, self.keep)
 
     def _record(self, on_op: OnOp | None = None) -> tuple[Recorder, Any]:
-        recorder, output, error = record(self.small, in_double(self.coupling.graph.origin.inputs), on_op)
+        decisions = [Decision(d.op, in_double(d.answer)) for d in decisions_of(self.coupling.graph)]
+        recorder, output, error = record(self.small, in_double(self.coupling.graph.origin.inputs), on_op, decisions, double=True)
         if error is not None:
             dense, small = self._steps(recorder)
             op = self.coupling.graph.ops[dense[first_difference(dense, small) or 0].index]
