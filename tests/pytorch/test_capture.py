@@ -110,3 +110,23 @@ def test_an_op_without_a_rule_pins_what_it_touches() -> None:
     coupling = coppice.couple(coppice.capture(Odd(), torch.randn(3, 4)))
     assert coupling.pins["no rule for aten._fft_r2c"] == ["a.weight:0"]
     assert not coupling.prunable
+
+
+class InInferenceMode(nn.Module):
+    """PyTorch shows ops that are made of others (`linear`, `prelu`, `flatten`) whole where no gradient can ever be asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.fc = nn.Conv2d(3, 16, 3), nn.PReLU(16), nn.Linear(64, 10)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.nn.functional.adaptive_avg_pool2d(self.act(self.conv(x)), 2).flatten(1))
+
+
+def test_ops_made_of_others_are_taken_apart() -> None:
+    graph = coppice.capture(InInferenceMode(), torch.randn(2, 3, 8, 8))
+    assert "aten.linear" not in {op.name for op in graph.ops}
+    coupling = coppice.couple(graph)
+    assert coupling.pins.keys() == {"model input", "model output"}
+    assert {site for axis in coupling.prunable for site in axis.sites} >= {("conv.weight", 0), ("act.weight", 0), ("fc.weight", 1)}

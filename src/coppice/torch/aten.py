@@ -230,7 +230,7 @@ def _each(names: str, translate: Callable[[Call], Translation]) -> Table:
 
 
 TABLE: Table = {
-    **_each("convolution _convolution convolution_overrideable", _conv),
+    **_each("convolution _convolution", _conv),
     **_each("mm", _on("mm", "self", "mat2")),
     **_each("addmm", _addmm),
     **_each("bmm", _on("bmm", "self", "mat2")),
@@ -239,11 +239,11 @@ TABLE: Table = {
     **_each("_weight_norm_interface", lambda c: ("weight_norm", [c["v"], c["g"]], {"rank": len(c["v"].shape), "dim": c["dim"]})),
     **_each("baddbmm", _on("bmm", "batch1", "batch2", "self")),
     **_each(
-        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm_with_update",
+        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm",
         _batch_norm,
     ),
     **_each("native_layer_norm", _layer_norm),
-    **_each("_fused_rms_norm rms_norm", _rms_norm),
+    **_each("_fused_rms_norm", _rms_norm),
     **_each("native_group_norm", _group_norm),
     **_each("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable", _attention("attn_mask")),
     **_each("_scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention", _attention("attn_bias")),
@@ -259,17 +259,16 @@ TABLE: Table = {
     **_each("roi_align", _on("roi_align", "input", "rois")),
     **_each(
         "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
-        "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d "
-        "mkldnn_adaptive_avg_pool2d",
+        "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
         lambda c: ("spatial2d", [c.x], {}),
     ),
     **_each(
         "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d",
         lambda c: ("spatial3d", [c.x], {}),
     ),
-    **_each("upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d avg_pool1d", lambda c: ("spatial1d", [c.x], {})),
+    **_each("upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d", lambda c: ("spatial1d", [c.x], {})),
     **_each(
-        "view _unsafe_view _reshape_alias reshape unsqueeze squeeze view_copy _reshape_copy flatten unflatten",
+        "view _unsafe_view _reshape_alias unsqueeze squeeze view_copy _reshape_copy",
         lambda c: ("view", [c.x], {}),
     ),
     **_each("permute", _permute(lambda c: _dims(c["dims"], len(c.x.shape)))),
@@ -277,16 +276,16 @@ TABLE: Table = {
     **_each("t", _permute(lambda c: _identity_map(c)[::-1])),
     **_each("expand", lambda c: ("expand", [c.x], {})),
     **_each("repeat", lambda c: ("repeat", [c.x], {}) if all(c.outs[0].shape) else ("unknown", [c.x], {"reason": "repeated no times"})),
-    **_each("cat concat", _cat("concat", 0)),
+    **_each("cat", _cat("concat", 0)),
     **_each("stack", _cat("stack", 1)),
-    **_each("split split_with_sizes slice narrow chunk unsafe_split unsafe_split_with_sizes unsafe_chunk", _take_apart),
+    **_each("split split_with_sizes slice unsafe_split unsafe_split_with_sizes", _take_apart),
     **_each("select", _select),
     **_each("unbind", _unbind),
     **_each("constant_pad_nd", _pad),
     **_each("index _unsafe_index", _index),
     **_each("index_put _unsafe_index_put _index_put_impl", _index_put),
     **_each("index_select", _index_select),
-    **_each("_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod", _mixing()),
+    **_each("_softmax _log_softmax _safe_softmax cumsum cumprod", _mixing()),
     **_each("flip roll", _reordering("dims")),
     **_each("sort argsort topk", _reordering("dim")),
     **_each("sum", _reduction("summed")),
@@ -298,8 +297,8 @@ TABLE: Table = {
     **_each("arange rand randn randint randperm linspace eye", lambda c: ("fresh", [], {})),
     **_each("zeros_like ones_like full_like empty_like rand_like randn_like", lambda c: ("pointwise", [c.x], {})),
     **_each(
-        "clone alias detach _to_copy contiguous lift_fresh lift copy native_dropout dropout where masked_fill fill fill_ zero bernoulli "
-        "_prelu_kernel prelu hardswish rsub normal uniform expand_as to type_as _conj is_same_size heaviside clamp_min clamp_max lerp",
+        "clone alias detach _to_copy lift_fresh lift copy native_dropout where masked_fill fill fill_ zero bernoulli "
+        "_prelu_kernel hardswish rsub normal uniform _conj is_same_size heaviside clamp_min clamp_max lerp",
         _on_all("pointwise"),
     ),
 }
@@ -313,6 +312,13 @@ def is_pointwise(func: Any) -> bool:
     namespace, _, name = func._schema.name.partition("::")
     twin = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
     return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
+
+
+@cache
+def is_made_of_others(func: Any) -> bool:
+    """Whether PyTorch writes ``func`` in other ops (``linear``, ``reshape``). These show in inference mode; else they come taken apart."""
+    composite: bool = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return composite and base_name(func) not in TABLE
 
 
 @cache

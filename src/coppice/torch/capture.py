@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op, Value
-from coppice.torch.aten import Call, Ref, refs_in, translate
+from coppice.torch.aten import Call, Ref, is_made_of_others, refs_in, translate
 from coppice.torch.decisions import Decision, decide, decides
 
 # Ops that neither compute nor move anything worth a line in the graph.
@@ -144,6 +144,9 @@ class Recorder(TorchDispatchMode):
             name.startswith("prim::") or name in IGNORED or (name == "aten::as_strided_" and tuple(args[1]) == tuple(args[0].shape))
         ):  # only normalises strides
             return func(*args, **kwargs)
+        if is_made_of_others(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         if self._double:
             args, kwargs = tree_map_only(torch.dtype, raised, (args, kwargs))
         ref_args = tree_map_only(Tensor, self.ref, args)
