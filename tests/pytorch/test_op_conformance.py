@@ -71,6 +71,7 @@ def in_place(op: Op, t: list[Tensor], *rest: Any) -> Any:
 
 
 INDEX = torch.tensor([0, 1, 1])
+PLACES = torch.tensor([0, 3, 1])
 GRID = torch.linspace(-1, 1, 2 * 3 * 3 * 2, dtype=torch.float64).view(2, 3, 3, 2)
 GRID3D = torch.linspace(-1, 1, 2 * 2 * 2 * 2 * 3, dtype=torch.float64).view(2, 2, 2, 2, 3)
 BOX = torch.tensor([[0.0, 0, 0, 3, 3], [1, 1, 1, 4, 4]], dtype=torch.float64)
@@ -158,12 +159,14 @@ ROWS = [
     Row("unbind", "a b", lambda op, t, _: op(t[0], 1)),
     Row("constant_pad_nd", "a b", lambda op, t, _: op(t[0], [1, 2])),
     Row("index _unsafe_index", "a 3 b", lambda op, t, _: op(t[0], [None, INDEX])),
+    Row("index_put _unsafe_index_put _index_put_impl", "a 4 b, a 3 b", lambda op, t, _: op(t[0], [None, PLACES], t[1])),
     Row("index_select", "a 3 b", lambda op, t, _: op(t[0], 1, INDEX)),
     Row("_softmax _log_softmax", "a b c", lambda op, t, _: op(t[0], 1, False)),
     Row("_safe_softmax cumsum cumprod", "a b c", lambda op, t, _: op(t[0], 1)),
     Row("flip", "a b c", lambda op, t, _: op(t[0], [1])),
     Row("roll", "a b c", lambda op, t, _: op(t[0], [1], [1])),
     Row("sort", "a b c", lambda op, t, _: op(t[0], 1)[0]),
+    Row("topk", "a b c", lambda op, t, _: op(t[0], 2, 1)[0]),
     Row("argsort", "a b c", lambda op, t, _: op(t[0], 1)),
     Row("sum mean amax amin var std logsumexp", "a b c", lambda op, t, _: op(t[0], [1])),
     Row("sum mean amax amin logsumexp", "a b c", lambda op, t, _: op(t[0], [0, -1], True)),
@@ -174,6 +177,8 @@ ROWS = [
     Row("norm", "a b c", lambda op, t, _: op(t[0], 2, [1])),
     Row("zeros ones empty rand randn", "", lambda op, t, _: op([3, 4]), cut=False, values=False),
     Row("full", "", lambda op, t, _: op([3, 4], 1.0), cut=False),
+    Row("randint", "", lambda op, t, _: op(3, [3, 4]), cut=False, values=False),
+    Row("randperm", "", lambda op, t, _: op(4), cut=False, values=False),
     Row("arange eye", "", lambda op, t, _: op(4), cut=False),
     Row("linspace", "", lambda op, t, _: op(0, 1, 4), cut=False),
     Row("scalar_tensor", "", lambda op, t, _: op(4.0), cut=False),

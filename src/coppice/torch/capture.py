@@ -275,15 +275,6 @@ def record(
             return recorder, None, error
 
 
-def _kept_state(model: nn.Module) -> dict[tuple[str, str], int]:
-    """Which object every attribute and buffer of every module is."""
-    return {
-        (path, name): id(value)
-        for path, module in model.named_modules()
-        for name, value in (*vars(module).items(), *module._buffers.items())
-    }
-
-
 def decisions_of(graph: Graph) -> list[Decision]:
     """What the recorded pass decided on values, in order."""
     return [op.call.decision for op in graph.ops if op.call.decision is not None]
@@ -295,12 +286,7 @@ def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
     The first dim of the first input tensor is taken as the batch; costs are counted per sample.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    before = _kept_state(model)
     recorder, output, error = record(model, inputs)
-    if (
-        error is None and _kept_state(model) != before
-    ):  # code that keeps what it made (anchors, a mask) makes it once: record what it runs then
-        recorder, output, error = record(model, inputs)
     if error is not None:
         raise CoppiceError(
             f"the model's forward pass fails on the example inputs ({type(error).__name__}: {error}); check their shapes"
