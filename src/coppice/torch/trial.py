@@ -1,19 +1,17 @@
 """Trials: the user's code run at other widths, to see where it first disagrees with the plan.
 
-On real tensors where a forward pass is cheap; else on fake ones, which have shapes and no values.
+On real tensors where a forward pass is cheap; else on those of ``coppice.torch.shapes``, which have shapes and no values.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from coppice.axes import Axis
@@ -23,6 +21,7 @@ from coppice.graph import Op
 from coppice.torch.apply import set_size
 from coppice.torch.capture import decisions_of, record
 from coppice.torch.lockstep import inside, planned, planned_shapes, step
+from coppice.torch.shapes import shape_like
 
 CHEAP = 3_000_000  # MACs that take as long as an op on fake tensors
 
@@ -41,18 +40,16 @@ class Trials:
         self._fake = coupling.cost().macs * coupling.graph.batch > CHEAP * len(coupling.graph.ops)
         self.at_rest = self.run({})
         if self.at_rest is not None and self._fake:
-            self._fake = False  # the code looks at values, or PyTorch takes other kernels on fake tensors: real ones, then
+            self._fake = False  # the code looks at values, or PyTorch takes other kernels on them: real ones, then
             self.at_rest = self.run({})
 
     def run(self, widths: Mapping[Axis, int], until: int | None = None) -> int | None:
         """The first step at which the code disagrees with ``widths`` (or fails); None where all agree, as far as ``until``."""
         shapes, watch = planned_shapes(self.coupling, widths), _Watch(self.coupling, widths, until)
         finished = False
-        mode = FakeTensorMode(allow_non_fake_inputs=True) if self._fake else None
-        with mode or nullcontext():
-            memo, inputs = self._tensors(shapes)
-        model = self._shrunk(memo, widths)  # outside the mode: tensors that are no parameters or buffers are copied as they are
-        with _without_values(mode) if mode else torch.random.fork_rng(devices=[]), suppress(_Stop):
+        memo, inputs = self._tensors(shapes)
+        model = self._shrunk(memo, widths)
+        with torch.random.fork_rng(devices=[]), suppress(_Stop):
             finished = record(model, inputs, watch, self.decisions)[2] is None
         return watch.answer(finished)
 
@@ -65,13 +62,13 @@ class Trials:
                 if id(tensor) in memo:
                     continue
                 shape = by_name[name]
-                if self._fake:
-                    new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-                else:
+                if self._fake and tensor.is_floating_point():
+                    new: Tensor = shape_like(tensor, shape)
+                else:  # whole numbers are mostly indices, at which code may look
                     new = tensor.detach()[tuple(slice(0, n) for n in shape)].clone()
                 memo[id(tensor)] = _like(tensor, new)
         if self._fake:
-            return memo, tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), self.inputs)
+            return memo, tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), self.inputs)
         return memo, tree_map_only(Tensor, torch.clone, self.inputs)
 
     def _shrunk(self, memo: dict[int, Any], widths: Mapping[Axis, int]) -> nn.Module:
@@ -143,15 +140,3 @@ class _Watch:
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
     """``new`` as a parameter if ``tensor`` is one; PyTorch's choice of matmul kernel depends on ``requires_grad``."""
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
-
-@contextmanager
-def _without_values(mode: FakeTensorMode) -> Iterator[None]:
-    """Run on fake tensors; PyTorch logs an error for every op that refuses its shapes, which here is an answer like any other."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
-    try:
-        with mode:
-            yield
-    finally:
-        log.disabled = disabled
