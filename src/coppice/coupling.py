@@ -61,7 +61,8 @@ class Coupling:
     """The axes of a graph. ``dims[v]`` are the axes of value ``v``; ``ties`` are sets of axes whose widths must stay in proportion.
 
     ``bindings`` say which attributes of the user's modules hold a width: ``(module path, attribute, index or None) -> axis``, with the
-    dense values of those that are sequences in ``sequences``; the front-end finds them, ``coppice.plan`` evaluates them.
+    dense values of those that are sequences in ``sequences``; the front-end finds them, ``coppice.plan`` evaluates them. ``training``: what
+    is known of the ops of ``graph.training``.
     """
 
     graph: Graph
@@ -71,6 +72,7 @@ class Coupling:
     ties: list[tuple[Axis, ...]] = field(default_factory=list)
     bindings: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
     sequences: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    training: list[OpDims] = field(default_factory=list)
     _axes: list[PrunableAxis] | None = None
 
     @property
@@ -144,7 +146,7 @@ def couple(graph: Graph) -> Coupling:
         elif value.kind is not Kind.INTERMEDIATE:
             dims[value.id] = tuple(Axis(size) for size in value.shape)
     infos, macs = [], []
-    for op in graph.ops:
+    for op in (*graph.ops, *graph.training):
         operands = [() if v is None else _given(dims, graph, v) for v in op.inputs]
         for axis in (a for v in op.others for a in _given(dims, graph, v)):
             pin(axis, f"read by {op.name}, whose rule says nothing about it")
@@ -156,8 +158,9 @@ def couple(graph: Graph) -> Coupling:
                     unify(old, new)
             dims[out] = axes
         infos.append(info)
-        macs += [Term("macs", tuple(p), 1, graph.batch) for p in products]
-    for v in graph.outputs:
+        if len(infos) <= len(graph.ops):
+            macs += [Term("macs", tuple(p), 1, graph.batch) for p in products]
+    for v in (*graph.outputs, *graph.training_outputs):
         for axis in _given(dims, graph, v):
             pin(axis, "model output")
     known = [d if d is not None else fixed(v.shape) for d, v in zip(dims, graph.values, strict=True)]
@@ -166,7 +169,7 @@ def couple(graph: Graph) -> Coupling:
         for w in graph.weights()
         for kind in (("params", "bytes") if w.kind is Kind.PARAMETER else ("bytes",))
     ]
-    coupling = Coupling(graph, known, infos, macs + sizes)
+    coupling = Coupling(graph, known, infos[: len(graph.ops)], macs + sizes, training=infos[len(graph.ops) :])
     _pin_unread(coupling)
     _pin_lone_axes(coupling)
     newer = graph.origin.bind_sizes(coupling) if graph.origin is not None else None
@@ -181,7 +184,7 @@ def _given(dims: Sequence[Dims | None], graph: Graph, value: int) -> Dims:
 def _pin_unread(coupling: Coupling) -> None:
     """A weight that no op reads (a mask token without masks) may meet others in code that did not run: nobody knows which."""
     graph = coupling.graph
-    read = {v for op in graph.ops for v in (*op.inputs, *op.others, *op.outputs)} | set(graph.outputs)
+    read = {v for op in (*graph.ops, *graph.training) for v in (*op.inputs, *op.others, *op.outputs)} | set(graph.outputs)
     for axis in (a for v in graph.weights() if v.id not in read for a in coupling.dims[v.id]):
         pin(axis, UNREAD)
 

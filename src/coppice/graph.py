@@ -52,7 +52,11 @@ class Op:
 
 @dataclass(slots=True)
 class Graph:
-    """A forward pass, in execution order. ``inputs`` and ``outputs`` are value ids; ``batch`` is the batch size it was recorded with."""
+    """A forward pass, in execution order. ``inputs`` and ``outputs`` are value ids; ``batch`` is the batch size it was recorded with.
+
+    ``training`` and ``training_outputs``: the pass in training mode, recorded where it reads parameters that evaluation does not (auxiliary
+    heads). It couples axes; it counts, and is replayed, nowhere.
+    """
 
     values: list[Value]
     ops: list[Op]
@@ -60,6 +64,8 @@ class Graph:
     outputs: tuple[int, ...]
     batch: int = 1
     origin: Any = None
+    training: list[Op] = field(default_factory=list)
+    training_outputs: tuple[int, ...] = ()
 
     def shape(self, value: int) -> tuple[int, ...]:
         return self.values[value].shape

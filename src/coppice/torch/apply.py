@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,9 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
             return f"{name} has shape {tuple(given.shape)}, expected {tuple(tensor.shape)}"
     if extra := sorted(set(state) - set(own)):
         return f"{extra[0]} is not a name of this model"
-    model.load_state_dict({k: v for k, v in full.items() if v is not None}, strict=True)
+    loaded = OrderedDict((k, v) for k, v in full.items() if v is not None)
+    loaded._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]  # versions, which some modules ask for
+    model.load_state_dict(loaded, strict=True)
     return None
 
 

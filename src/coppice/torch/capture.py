@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -243,12 +243,17 @@ def default_double() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients and without attention's fused fast path (one opaque op); the model's flags are restored."""
+def quiet_eval(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Eval mode without gradients and without attention's fused fast path (one opaque op); the model's flags are restored.
+
+    ``training``: the user's own classes take their training branches; PyTorch's modules, and BatchNorms, do as in evaluation.
+    """
     flags = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
+    for module in model.modules() if training else ():
+        module.training = not (type(module).__module__.startswith("torch.") or isinstance(module, nn.modules.batchnorm._BatchNorm))
     try:
         with torch.no_grad():
             yield
@@ -264,9 +269,10 @@ def record(
     on_op: OnOp | None = None,
     decisions: Sequence[Decision] | None = None,
     double: bool = False,
+    training: bool = False,
 ) -> tuple[Recorder, Any, Exception | None]:
     """Run ``model(*inputs)`` under a :class:`Recorder`; answers the recorder, the model's output, and what the code raised, if it did."""
-    with quiet_eval(model), default_double() if double else nullcontext():
+    with quiet_eval(model, training), default_double() if double else nullcontext():
         recorder = Recorder(model, inputs, on_op, decisions, double)
         try:
             with _tracking_modules(model, recorder.stack), recorder:
@@ -295,4 +301,36 @@ def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
     first = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
     batch = int(first.shape[0]) if first is not None and first.dim() > 3 else 1
     origin = Origin(model, inputs, recorder.constants)
-    return Graph(recorder.values, recorder.ops, recorder.input_ids, outputs, batch, origin)
+    graph = Graph(recorder.values, recorder.ops, recorder.input_ids, outputs, batch, origin)
+    read = {r.id for op in recorder.ops for r in refs_in([op.call.args, op.call.kwargs])}
+    if any(v.kind is Kind.PARAMETER and v.id not in read for v in graph.values):
+        add_training(graph, model, inputs)
+    return graph
+
+
+def add_training(graph: Graph, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Record a pass in training mode on a copy without values, and add it to ``graph``; nothing where the code does not run so."""
+    from coppice.torch.shapes import without_values
+
+    copied, given = without_values(model, inputs)
+    recorder, output, error = record(copied, given, training=True)
+    if error is not None:
+        return
+    shared = recorder.weights + len(graph.inputs)
+    moved = len(graph.values) - shared
+
+    def there(value: int) -> int:
+        return value if value < shared else value + moved
+
+    outputs = dict.fromkeys(there(recorder.ref(t).id) for t in tree_flatten(output)[0] if isinstance(t, Tensor))
+    graph.values += [replace(v, id=there(v.id)) for v in recorder.values[shared:]]
+    graph.training_outputs = tuple(outputs)
+    graph.training = [
+        replace(
+            op,
+            inputs=tuple(None if v is None else there(v) for v in op.inputs),
+            outputs=tuple(map(there, op.outputs)),
+            others=tuple(map(there, op.others)),
+        )
+        for op in recorder.ops
+    ]

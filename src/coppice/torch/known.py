@@ -13,7 +13,8 @@ from coppice.coupling import Coupling
 def bind_known_modules(model: nn.Module, coupling: Coupling) -> None:
     """PyTorch's own modules: which attribute is which dim of which parameter."""
     dims = {name: coupling.dims[v.id] for v in coupling.graph.weights() for name in v.names}
-    groups = {op.module: info.letters.get("g") for op, info in zip(coupling.graph.ops, coupling.ops, strict=True) if "g" in info.letters}
+    ran = zip((*coupling.graph.ops, *coupling.graph.training), (*coupling.ops, *coupling.training), strict=True)
+    groups = {op.module: info.letters.get("g") for op, info in ran if "g" in info.letters}
     for path, module in model.named_modules(remove_duplicate=False):
         bind = next((bind for kind, bind in KNOWN if isinstance(module, kind)), None)
         if bind is not None:

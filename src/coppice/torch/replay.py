@@ -34,7 +34,10 @@ def _at_new_sizes(name: str, args: tuple[Any, ...], groups: int) -> tuple[Any, .
 
 
 class Replay:
-    """One run of the dense program with the indices outside ``keep`` (atom -> mask) out of effect. ``run`` answers every output."""
+    """One run of the dense program with the indices outside ``keep`` (atom -> mask) out of effect. ``run`` answers every output.
+
+    ``model`` must be a copy that may be written to, as the program's own in-place ops do.
+    """
 
     def __init__(self, coupling: Coupling, model: nn.Module, inputs: tuple[Any, ...], keep: Mapping[Axis, Mask]) -> None:
         self.coupling, self.keep = coupling, keep
@@ -45,7 +48,7 @@ class Replay:
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         for value in graph.weights():
-            self.env[value.id] = in_double(named[value.names[0]]).clone()
+            self.env[value.id] = in_double(named[value.names[0]])
         self.env.update({k: in_double(v).clone() for k, v in graph.origin.constants.items()})
         for k, tensor in zip(graph.inputs, (t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), strict=True):
             self.env[k] = in_double(tensor).clone()

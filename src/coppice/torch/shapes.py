@@ -6,11 +6,13 @@ Ops that no such tensor goes into run as usual: what the code works out from num
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 META = torch.device("meta")
 
@@ -22,7 +24,7 @@ class ShapeTensor(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device) -> ShapeTensor:
-        made: ShapeTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: ShapeTensor = Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
             strides=meta.stride(),
@@ -39,7 +41,9 @@ class ShapeTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         given: dict[int, Tensor] = {}
         devices: list[torch.device] = []
 
@@ -79,3 +83,28 @@ def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
 def shape_like(tensor: Tensor, shape: tuple[int, ...]) -> ShapeTensor:
     """A tensor of ``shape``, otherwise like ``tensor``."""
     return ShapeTensor(torch.empty(shape, dtype=tensor.dtype, device=META), tensor.device)
+
+
+def like(tensor: Tensor, new: Tensor) -> Tensor:
+    """``new`` as a parameter if ``tensor`` is one; PyTorch's choice of matmul kernel depends on ``requires_grad``."""
+    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], values: bool) -> dict[int, Any]:
+    """A parameter or buffer of the given shape for each of the model's, by the id of that, as ``deepcopy`` wants it.
+
+    Without ``values`` floating ones are shape tensors; whole numbers are mostly indices, at which code may look.
+    """
+    memo: dict[int, Any] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if id(tensor) not in memo:
+                shape = shapes.get(name, tuple(tensor.shape))
+                bare = not values and tensor.is_floating_point()
+                memo[id(tensor)] = like(tensor, shape_like(tensor, shape) if bare else tensor.detach()[tuple(map(slice, shape))].clone())
+    return memo
+
+
+def without_values(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A copy of the model, and inputs for it, of shape tensors."""
+    return copy.deepcopy(model, tensors_of(model, {}, values=False)), tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), inputs)

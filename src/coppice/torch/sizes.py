@@ -49,6 +49,8 @@ def bind_sizes(model: nn.Module, trials: Trials, coupling: Coupling) -> None:
             search.resolve(*search.earliest(at, seed))
             coupling.refresh()
     coupling.bundles()
+    if coupling.graph.training:
+        search.check_training()
 
 
 class _Search:
@@ -63,6 +65,19 @@ class _Search:
             for axis in coupling.prunable:
                 pin(axis.atom, f"the code does not run the same ops twice (first at {op.name} in {op.module or 'the model'})")
             coupling.refresh()
+
+    def check_training(self) -> None:
+        """Pin what the heads that only training runs read, where these don't run at other widths; everything, if that is not enough."""
+        graph = self.coupling.graph
+        read = {v for op in graph.ops for v in op.inputs}
+        heads = [op for op in graph.training if any(v is not None and graph.values[v].names and v not in read for v in op.inputs)]
+        own = [a for op in heads for v in op.inputs if v is not None for dim in self.coupling.dims[v] for a in atoms(dim)]
+        for axes in (own, [a.atom for a in self.coupling.axes]):
+            if all(self.trials.trains(self.widths(seed)) for seed in range(EIGHTHS)):
+                return
+            for atom in axes:
+                pin(atom, "code that only training runs does not run at other widths")
+            self.coupling.bundles()
 
     def rounds(self) -> int:
         """How many trials must agree."""

@@ -21,7 +21,7 @@ from coppice.graph import Op
 from coppice.torch.apply import set_size
 from coppice.torch.capture import decisions_of, record
 from coppice.torch.lockstep import inside, planned, planned_shapes, step
-from coppice.torch.shapes import shape_like
+from coppice.torch.shapes import shape_like, tensors_of
 
 CHEAP = 3_000_000  # MACs that take as long as an op on fake tensors
 
@@ -53,20 +53,16 @@ class Trials:
             finished = record(model, inputs, watch, self.decisions)[2] is None
         return watch.answer(finished)
 
+    def trains(self, widths: Mapping[Axis, int]) -> bool:
+        """Whether the code also runs in training mode at ``widths``."""
+        memo, inputs = self._tensors(planned_shapes(self.coupling, widths))
+        with torch.random.fork_rng(devices=[]):
+            return record(self._shrunk(memo, widths), inputs, training=True)[2] is None
+
     def _tensors(self, shapes: list[tuple[int, ...]]) -> tuple[dict[int, Any], tuple[Any, ...]]:
         """Parameters and buffers of the trial's shapes (by the id of the model's own, as ``deepcopy`` wants them), and the inputs."""
-        memo: dict[int, Any] = {}
         by_name = {name: shapes[v.id] for v in self.coupling.graph.weights() for name in v.names}
-        for named in (self.model.named_parameters, self.model.named_buffers):
-            for name, tensor in named(remove_duplicate=False):
-                if id(tensor) in memo:
-                    continue
-                shape = by_name[name]
-                if self._fake and tensor.is_floating_point():
-                    new: Tensor = shape_like(tensor, shape)
-                else:  # whole numbers are mostly indices, at which code may look
-                    new = tensor.detach()[tuple(slice(0, n) for n in shape)].clone()
-                memo[id(tensor)] = _like(tensor, new)
+        memo = tensors_of(self.model, by_name, values=not self._fake)
         if self._fake:
             return memo, tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), self.inputs)
         return memo, tree_map_only(Tensor, torch.clone, self.inputs)
@@ -135,8 +131,3 @@ class _Watch:
         if self.reached or (finished and self.agreed == len(self.want)):
             return None
         return self.left_at if self.detour is not None else min(self.agreed, len(self.want) - 1)
-
-
-def _like(tensor: Tensor, new: Tensor) -> Tensor:
-    """``new`` as a parameter if ``tensor`` is one; PyTorch's choice of matmul kernel depends on ``requires_grad``."""
-    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
