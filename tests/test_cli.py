@@ -245,6 +245,22 @@ def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < stream["macs_share"] < 1
     assert axes["classifier.weight:0"]["pinned"] == "model output"
     assert found["pins"]["model output"] == ["classifier.weight:0"]
+    assert found["prunable_share"] > 0.99
+    assert axes["classifier.weight:0"]["params_share"] == pytest.approx((65 * 10) / parameters)
+    assert all(axis["tied_to"] == [] for axis in axes.values())
+
+
+def test_what_goes_with_an_axis(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["inspect", "--model", MODEL, "--input", "1,1,8,8", "--axis", "block2.0.weight:0"]
+    assert run([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["width"] == 32
+    assert {"tensor": "stem.0.weight", "kind": "parameter", "dim": 0, "made_of": "[32]"} in found["sites"]
+    assert {"tensor": "stem.1.running_mean", "kind": "buffer", "dim": 0, "made_of": "[32]"} in found["sites"]
+    assert run(line) == 0
+    assert "It can be cut." in capsys.readouterr().out
+    assert run([*line[:-1], "nowhere:0"]) == 2
+    assert "nowhere" in sentence(capsys)
 
 
 def test_inspect_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:

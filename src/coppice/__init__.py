@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from coppice.coupling import couple
     from coppice.errors import CoppiceError, VerificationError
     from coppice.loop import Result, prune
-    from coppice.planning import Plan
+    from coppice.planning import Plan, remove
     from coppice.run import load
     from coppice.saliency import score
     from coppice.torch.apply import apply
@@ -33,12 +33,14 @@ _HOMES = {
     "load": "coppice.run",
     "plan": "coppice.allocate",
     "prune": "coppice.loop",
+    "remove": "coppice.planning",
     "score": "coppice.saliency",
     "verify": "coppice.torch.verify",
 }
 
 __all__ = [
-    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "plan", "prune", "score", "verify",
+    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "plan", "prune", "remove", "score",
+    "verify",
 ]  # fmt: skip
 
 

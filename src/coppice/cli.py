@@ -22,6 +22,7 @@ from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
     from coppice.config import RunConfig
+    from coppice.coupling import Coupling
     from coppice.loop import Result
     from coppice.run import Json
 
@@ -66,12 +67,14 @@ def inspect(
     weights: Weights = None,
     input: Input = None,
     num_classes: NumClasses = None,
+    axis: Annotated[Text, typer.Option("--axis", help="show what goes with this one", metavar="NAME")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the axes of a model: what is coupled, what each share of the MACs is, what is pinned and why."""
+    """Show the axes of a model: what is coupled, what each share of the cost is, what moves together, what is pinned and why."""
     import torch
 
     from coppice.coupling import couple
+    from coppice.inspection import inspect_axes
     from coppice.models import load_model
     from coppice.torch.capture import capture
 
@@ -80,24 +83,10 @@ def inspect(
     shape = tuple(_numbers("--input", input, int))
     network = load_model(model, Path(weights) if weights else None, num_classes).eval()
     coupling = couple(capture(network, (torch.zeros(shape),)))
-    total = coupling.cost()
-    axes = [
-        {
-            "name": axis.name, "width": axis.width, "sites": [list(site) for site in axis.sites], "pinned": axis.pinned,
-            "macs_share": 1 - coupling.cost({axis.id: 0}).macs / max(total.macs, 1),
-        }
-        for axis in coupling.axes
-    ]  # fmt: skip
-    found = {
-        "model": model,
-        "input": list(shape),
-        "macs": total.macs,
-        "params": total.params,
-        "bytes": total.bytes,
-        "axes": axes,
-        "pins": coupling.pins,
-    }
-    if as_json:
+    found = {"model": model, "input": list(shape), **inspect_axes(coupling)}
+    if axis is not None:
+        _print_sites(coupling, axis, as_json)
+    elif as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
         _print_axes(found)
@@ -385,22 +374,45 @@ def _print_axes(found: Mapping[str, Any]) -> None:
 
     from coppice.targets import humanise
 
-    table = Table("axis", box=None, header_style="bold")
-    for column in ("width", "tensors", "MACs"):
+    table = Table(box=None, header_style="bold")
+    table.add_column("axis", overflow="fold")  # a name is there to be used
+    for column in ("width", "sites", "MACs", "params"):
         table.add_column(column, justify="right")
-    table.add_column("pinned")
+    table.add_column("pinned, or tied to")
     for axis in found["axes"]:
-        share = f"{100 * axis['macs_share']:.1f} %"
-        table.add_row(
-            axis["name"], str(axis["width"]), str(len(axis["sites"])), share, axis["pinned"] or "", style="dim" if axis["pinned"] else ""
-        )
+        shares = [f"{100 * axis[key]:.1f} %" for key in ("macs_share", "params_share")]
+        note = axis["pinned"] or ("~ " + ", ".join(axis["tied_to"]) if axis["tied_to"] else "")
+        table.add_row(axis["name"], str(axis["width"]), str(len(axis["sites"])), *shares, note, style="dim" if axis["pinned"] else "")
     console = Console(highlight=False)
     console.print(table)
     free = [axis for axis in found["axes"] if not axis["pinned"]]
     totals = (
         f"{humanise(found['macs'], 'macs')} MACs, {humanise(found['params'], 'params')} parameters, {humanise(found['bytes'], 'bytes')}"
     )
-    console.print(f"{len(free)} axes can be cut, {len(found['axes']) - len(free)} are pinned. {totals}.", markup=False)
+    on_free = f"{100 * found['prunable_share']:.1f} % of the parameters lie on an axis that can be cut"
+    console.print(f"{len(free)} axes can be cut, {len(found['axes']) - len(free)} are pinned; {on_free}. {totals}.", markup=False)
+
+
+def _print_sites(coupling: Coupling, name: str, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from coppice.inspection import inspect_axis
+
+    axis = coupling.axis(name)
+    rows = inspect_axis(coupling, axis)
+    if as_json:
+        keys = ("tensor", "kind", "dim", "made_of")
+        typer.echo(
+            json.dumps({"axis": axis.name, "width": axis.width, "sites": [dict(zip(keys, row, strict=True)) for row in rows]}, indent=1)
+        )
+        return
+    table = Table("tensor", "kind", "dim", "made of", box=None, header_style="bold")
+    for tensor, kind, dim, made_of in rows:
+        table.add_row(tensor, kind, str(dim), made_of.replace("[", "\\["))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{axis.name}: {axis.width} wide, {len(rows)} sites. {axis.pinned or 'It can be cut.'}", markup=False)
 
 
 def _print_result(metrics: Json) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from coppice.axes import Axis, Form, atoms, find, mix, pin, product_of, terms, unify
 from coppice.cost import Cost, Term
+from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op
 from coppice.movement import SHAPE_RULES, Dims, cut, fixed
 from coppice.notation import Dim, Line, Special, parse, spread
@@ -89,6 +90,35 @@ class Coupling:
     @property
     def prunable(self) -> list[PrunableAxis]:
         return [a for a in self.axes if a.pinned is None]
+
+    def on(self, tensor: str, dim: int) -> list[PrunableAxis]:
+        """The axes that lie on a dim of a parameter or buffer, in order (heads and head dim, the parts of a concat), pinned or not."""
+        value = next((v for v in self.graph.weights() if tensor in v.names), None)
+        if value is None or not -len(value.shape) <= dim < len(value.shape):
+            raise CoppiceError(f"there is no dim {dim} of a tensor {tensor!r} in this model; the axes' sites say what there is")
+        by_atom = {axis.atom: axis for axis in self.axes}
+        return [by_atom[atom] for atom in dict.fromkeys(atoms(self.dims[value.id][dim])) if atom in by_atom]
+
+    def axis(self, name: str) -> PrunableAxis:
+        """The axis of that name, or the one that lies on the dim of that name (``"layer1.conv2.weight:1"``)."""
+        named = next((a for a in self.axes if a.name == name), None)
+        if named is not None:
+            return named
+        tensor, _, dim = name.rpartition(":")
+        if not dim.isdigit():
+            raise CoppiceError(f"{name!r} names no axis; give a tensor and a dim of it, such as conv1.weight:0")
+        found = self.on(tensor, int(dim))
+        if len(found) != 1:
+            raise CoppiceError(
+                f"{name} is made of {len(found)} axes: {', '.join(a.name for a in found) or 'its size is 1'}; name one of them"
+            )
+        return found[0]
+
+    def tied_to(self, axis: PrunableAxis) -> list[PrunableAxis]:
+        """The axes whose widths must stay in proportion to that of ``axis``."""
+        by_atom = {a.atom: a for a in self.axes}
+        bundle = next((b for b in self._tied() if axis.atom in b), ())
+        return [by_atom[a] for a in bundle if a is not axis.atom and a in by_atom]
 
     def _tied(self) -> list[tuple[Axis, ...]]:
         """The ties, those that share an atom joined."""

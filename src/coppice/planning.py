@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +100,39 @@ def make_plan(coupling: Coupling, keep: Mapping[int, Mask]) -> Plan:
         if value.kind in (Kind.PARAMETER, Kind.BUFFER)
     }
     return Plan(axes, tensors, _attributes(coupling, {a.atom: int(full[a.id].sum()) for a in prunable}))
+
+
+def remove(coupling: Coupling, indices: Mapping[str, Iterable[int]]) -> Plan:
+    """The plan that removes ``indices[name]`` of the axes of these names (or of the dims, where one axis lies on them), and nothing else.
+
+    CoppiceError where an axis is pinned, an index is not there, nothing would stay, or the code needs another axis to be cut in proportion.
+    """
+    keep: dict[int, Mask] = {}
+    for name, gone in indices.items():
+        axis, numbers = coupling.axis(name), sorted(set(gone))
+        if axis.pinned is not None:
+            raise CoppiceError(f"{name} can't be cut: {axis.pinned}")
+        if numbers and not (numbers[0] >= 0 and numbers[-1] < axis.width):
+            raise CoppiceError(f"{name} has indices 0 to {axis.width - 1}, not {numbers[0] if numbers[0] < 0 else numbers[-1]}")
+        mask = keep.setdefault(axis.id, np.ones(axis.width, bool))
+        mask[numbers] = False
+        if not mask.any():
+            raise CoppiceError(f"all {axis.width} indices of {name} would go; leave one")
+    _check_proportions(coupling, keep)
+    return make_plan(coupling, keep)
+
+
+def _check_proportions(coupling: Coupling, keep: Mapping[int, Mask]) -> None:
+    by_atom = {axis.atom: axis for axis in coupling.prunable}
+    for bundle in coupling.free_bundles():
+        first, *others = (by_atom[atom] for atom in bundle)
+        kept = {a.id: int(keep[a.id].sum()) if a.id in keep else a.width for a in (first, *others)}
+        for other in others:
+            if kept[first.id] * other.width != kept[other.id] * first.width:
+                raise CoppiceError(
+                    f"the model's code keeps {first.name} ({first.width} wide) and {other.name} ({other.width} wide) in proportion: "
+                    f"{kept[first.id]} and {kept[other.id]} indices of them can't stay; remove the same share of both"
+                )
 
 
 def _attributes(coupling: Coupling, widths: Mapping[object, int]) -> dict[str, dict[str, int | list[int]]]:
