@@ -45,7 +45,7 @@ PRUNABLE = {
     "module_called_twice": 1,
     "frozen_size_in_forward": 1,  # split(x, [8, 16])
     "view_to_512": 2,  # not what is flattened to 512
-    "einops_rearrange": 3,
+    "einops_rearrange": 4,
     "torch_multihead_attention": 4,
     "weight_and_spectral_norm": 3,
     "buffers_of_masks": 2,

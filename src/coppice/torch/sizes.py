@@ -289,7 +289,7 @@ class _Search:
         """Tie every set of axes that can be; keep it so if the code gets further. ``pick``: which factor of a product moves."""
         bundle_of = {a: bundle for bundle in self.coupling.free_bundles() for a in bundle}
         ties, pinned = len(self.coupling.ties), []
-        for axes in sets:
+        for axes in map(_unshared, sets):
             free = [_free(a, pick) for a in axes]
             if pick and free == [_free(a) for a in axes]:
                 continue
@@ -376,6 +376,12 @@ def _runs(axis: Axis) -> Iterator[Axis]:
         for start in range(len(parts)):
             for stop in range(start + 2, len(parts) + (start > 0)):
                 yield product_of(parts[start:stop])
+
+
+def _unshared(axes: list[Axis]) -> list[Axis]:
+    """The axes without the factors that all of them have: those keep the proportion by themselves (the heads of q, k and v)."""
+    shared = set.intersection(*(set(factors(a)) for a in axes)) if len(axes) > 1 else set()
+    return [product_of([f for f in factors(a) if f not in shared]) for a in axes]
 
 
 def _free(axis: Axis, pick: int = 0) -> tuple[list[Axis], list[Axis]] | None:
