@@ -29,6 +29,7 @@ BOX = torch.tensor([[0.0, 0, 0, 3, 3], [1, 1, 1, 4, 4]], dtype=torch.float64)
 
 CASES = [
     Case("conv", "conv", ((2, 6, 5, 5), (8, 6, 3, 3), (8,)), lambda t, _: F.conv2d(*t)),
+    Case("pointwise conv", "pointwise_conv", ((2, 6, 5), (8, 3, 1), (8,)), lambda t, told: F.conv1d(*t, groups=told.groups), Told(2)),
     Case("group conv", "conv", ((2, 6, 5, 5), (8, 3, 3, 3), (8,)), lambda t, told: F.conv2d(*t, groups=told.groups), Told(2)),
     Case("depthwise conv", "conv", ((2, 6, 5), (12, 1, 3), (12,)), lambda t, told: F.conv1d(*t, groups=told.groups), Told(6)),
     Case(

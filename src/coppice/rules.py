@@ -48,6 +48,7 @@ def _weight_norm(attrs: dict[str, Any]) -> str:
 
 LINES: dict[str, Rule] = {
     "conv": Rule("n (g i) ~..., (g o) i ~..., (g o) -> n (g o) ~...", macs=("n g o i ~1 ~out",)),
+    "pointwise_conv": Rule("n (g i) ..., (g o) i ~..., (g o) -> n (g o) ...", macs=("n g o i ...",)),
     "conv_transpose": Rule("n (g i) ~..., (g i) o ~..., (g o) -> n (g o) ~...", macs=("n g i o ~0 ~1",)),
     "mm": Rule("a b, b c, ... c -> a c", macs=("a b c",)),
     "bmm": Rule("n a b, n b c, n a c -> n a c", macs=("n a b c",)),

@@ -71,7 +71,9 @@ def _on(rule: str, *names: str) -> Callable[[Call], Translation]:
 
 
 def _conv(c: Call) -> Translation:
-    rule = "conv_transpose" if c["transposed"] else "conv"
+    kernel = c["weight"].shape[2:]
+    pointwise = {*kernel, *c["stride"]} == {1} and set(c["padding"]) == {0}  # each place for itself
+    rule = "conv_transpose" if c["transposed"] else "pointwise_conv" if pointwise else "conv"
     return rule, [c["input"], c["weight"], c["bias"]], {"sizes": {"g": c["groups"]}}
 
 

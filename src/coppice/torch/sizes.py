@@ -259,9 +259,12 @@ class _Search:
     def _tie_choices(self, k: int, widths: dict[Axis, int]) -> Iterator[Callable[[int], list[Axis]]]:
         """What might be in proportion at op ``k``, each as a function that names the same axes at the like op of another module."""
         own, read = self._own(k), self._entering(k)
+        seen: set[tuple[int, ...]] = set()
         for i, mine in enumerate(own):
             for j, theirs in enumerate(read):
-                if theirs is not mine and theirs.size == mine.size and (self._changed(theirs, widths) or self._changed(mine, widths)):
+                pair = (*map(id, factors(mine)), 0, id(theirs))
+                if theirs.size == mine.size and pair not in seen and (self._changed(theirs, widths) or self._changed(mine, widths)):
+                    seen.add(pair)
                     yield partial(self._pair, i, j)
 
     def _pieces(self, k: int) -> list[Axis]:
@@ -270,20 +273,26 @@ class _Search:
 
     def _pair(self, i: int, j: int, k: int) -> list[Axis]:
         own, read = self._own(k), self._entering(k)
-        fits = i < len(own) and j < len(read) and own[i].size == read[j].size
+        fits = i < len(own) and j < len(read) and own[i].size == read[j].size and read[j] is not own[i]
         return [read[j], own[i]] if fits else []
 
     def _own(self, k: int) -> list[Axis]:
-        return list(dict.fromkeys(run for a in self.sized(k) for run in _runs(a)))
+        return [run for a in self.sized(k) for run in _runs(a)]
 
     def _entering(self, k: int) -> list[Axis]:
         """The axes of what the module that runs op ``k`` has read so far, which its code can take a size from."""
         path = self.coupling.graph.ops[k].module
         before = [i for i in self.by_module[path] if i <= k]
         within = [i for i, o in enumerate(self.coupling.graph.ops[:k]) if inside(o.module, path)]
-        values = [v for i in sorted({*before, *within[:4], k}) for v in self.coupling.graph.ops[i].inputs if v is not None]
-        activations = [v for v in values if self.coupling.graph.values[v].kind is Kind.INTERMEDIATE]
-        return list(dict.fromkeys(find(a) for v in activations for a in self.coupling.dims[v]))
+        made = {v for i in within for v in self.coupling.graph.ops[i].outputs}
+        given = [i for i in within if any(v not in made for v in self._activations(i))]
+        values = [v for i in sorted({*before, *within[:4], *given[:4], k}) for v in self._activations(i)]
+        return [find(a) for v in values for a in self.coupling.dims[v]]
+
+    def _activations(self, k: int) -> list[int]:
+        """What op ``k`` reads that an op has made."""
+        found = [v for v in self.coupling.graph.ops[k].inputs if v is not None]
+        return [v for v in found if self.coupling.graph.values[v].kind is Kind.INTERMEDIATE]
 
     def _try_tie(self, sets: list[list[Axis]], works: Callable[[], bool], pick: int = 0) -> bool:
         """Tie every set of axes that can be; keep it so if the code gets further. ``pick``: which factor of a product moves."""
@@ -360,10 +369,10 @@ def _spelled(number: int, trial: int, base: int) -> int:
 
 
 def _within(axis: Axis) -> Iterator[Axis]:
-    """``axis`` and everything below it."""
+    """``axis`` and everything below it that may move: how a pinned one is made up may differ between like modules."""
     axis = find(axis)
     yield axis
-    for part in axis.parts:
+    for part in axis.parts if axis.pinned is None else ():
         yield from _within(part)
 
 
@@ -371,7 +380,7 @@ def _runs(axis: Axis) -> Iterator[Axis]:
     """``axis``, and where it is a product every run of neighbouring factors (heads x head dim of a fused q, k, v)."""
     axis = find(axis)
     yield axis
-    if axis.form is Form.PRODUCT:
+    if axis.form is Form.PRODUCT and axis.pinned is None:
         parts = factors(axis)
         for start in range(len(parts)):
             for stop in range(start + 2, len(parts) + (start > 0)):
