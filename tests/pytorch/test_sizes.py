@@ -196,3 +196,33 @@ def test_code_that_sets_something_up_when_first_called_is_recorded_again() -> No
     coupling = coupled(Restless(lambda calls: calls == 1), torch.randn(2, 5))
     assert [a.name for a in coupling.prunable] == ["a.weight:0"]
     assert "aten.tanh" in [op.name for op in coupling.graph.ops]
+
+
+class MadeFirst(nn.Module):
+    """Works something out of its own before it looks at its input, whose width it then divides by the number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk, self.v, self.proj, self.gate = nn.Linear(24, 48), nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        near = (torch.arange(n).view(1, n) - torch.arange(n).view(n, 1)).abs().view(1, n, n, 1) / n
+        q, k = self.qk(x).reshape(b, n, 2, 3, c // 3).permute(2, 0, 3, 1, 4)
+        near = self.gate(near).permute(0, 3, 1, 2)
+        v = self.v(x).reshape(b, n, 3, c // 3).permute(0, 2, 1, 3)
+        y = (q @ k.transpose(-2, -1) * 0.3 + near).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+
+def test_a_width_that_is_read_late_is_tied() -> None:
+    model = nn.Sequential(nn.Linear(5, 24), *(Residual(MadeFirst()) for _ in range(2)), nn.Linear(24, 3))
+    coupling = coupled(model, torch.randn(2, 4, 5))
+    assert {a.size for bundle in coupling.bundles() for a in bundle} == {24, 8}
+    assert "1.body.v.weight:0" in {a.name for a in coupling.prunable}
+
+
+def test_places_of_a_pointwise_convolution_are_an_axis() -> None:
+    """Tokens summed up by a convolution over them: its places are the tokens' channels."""
+    model = nn.Sequential(nn.Linear(5, 12), nn.Conv1d(4, 1, 1), nn.Flatten(), nn.Linear(12, 3))
+    assert [a.name for a in coupled(model, torch.randn(2, 4, 5)).prunable] == ["0.weight:0"]
