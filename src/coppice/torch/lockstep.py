@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coppice.axes import Axis
+from coppice.axes import Axis, find
 from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Op
@@ -41,9 +41,9 @@ def step(index: int, op: Op, shapes: Sequence[Shape]) -> Step | None:
     return Step(index, VIEWS.get(name, name), _compared(op, shapes), tuple(told))
 
 
-def planned(coupling: Coupling, widths: Mapping[Axis, int]) -> list[Step]:
-    """The ops of the dense recording that say something, as they must be at the given widths."""
-    shapes = planned_shapes(coupling, widths)
+def planned(coupling: Coupling, widths: Mapping[Axis, int], shapes: Sequence[Shape] | None = None) -> list[Step]:
+    """The ops of the dense recording that say something, as they must be at the given widths (``shapes``: of all values, where known)."""
+    shapes = planned_shapes(coupling, widths) if shapes is None else shapes
     found = []
     for k, (op, info) in enumerate(zip(coupling.graph.ops, coupling.ops, strict=True)):
         dense = step(k, op, [shapes[v] for v in op.outputs])
@@ -61,7 +61,15 @@ def _compared(op: Op, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
 
 def planned_shapes(coupling: Coupling, widths: Mapping[Axis, int]) -> list[Shape]:
     """The shape of every value of the graph at the given widths."""
-    return [tuple(width(axis, widths) for axis in dims) for dims in coupling.dims]
+    known: dict[Axis, int] = {}
+
+    def size(axis: Axis) -> int:
+        axis = find(axis)
+        if axis not in known:
+            known[axis] = width(axis, widths)
+        return known[axis]
+
+    return [tuple(map(size, dims)) for dims in coupling.dims]
 
 
 def first_difference(want: Sequence[Step], have: Sequence[Step]) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 META = torch.device("meta")
+MEMO_SIZE = 20_000
+_memo: dict[Any, Any] = {}  # (op, what it was called with) -> shapes, strides and dtypes of its results
 
 
 class ShapeTensor(Tensor):
@@ -46,16 +49,17 @@ class ShapeTensor(Tensor):
     ) -> Any:
         given: dict[int, Tensor] = {}
         devices: list[torch.device] = []
+        said: list[Any] = [func]
 
         def unwrap(leaf: Any) -> Any:
-            if isinstance(leaf, ShapeTensor):
-                devices.append(leaf.device)
-                given[id(leaf.meta)] = leaf
-                return leaf.meta
             if isinstance(leaf, Tensor):
-                meta = leaf.detach().to(META)
+                bare = isinstance(leaf, ShapeTensor)
+                meta = leaf.meta if isinstance(leaf, ShapeTensor) else leaf.detach().to(META)
+                devices.extend([leaf.device] * bare)
                 given[id(meta)] = leaf
+                said.append((meta.shape, meta.stride(), meta.dtype))
                 return meta
+            said.append((type(leaf), leaf))
             return META if isinstance(leaf, torch.device) else leaf
 
         def wrap(leaf: Any) -> Any:
@@ -68,7 +72,30 @@ class ShapeTensor(Tensor):
                 raise NotImplementedError(f"{func} changes a tensor's shape in place")
             return known
 
-        return _mapped(wrap, func(*_mapped(unwrap, args), **_mapped(unwrap, kwargs or {})))
+        args, kwargs = _mapped(unwrap, args), _mapped(unwrap, kwargs or {})
+        key = (*said, len(args), *kwargs)
+        return _mapped(wrap, _remembered(func, args, kwargs, key) if _is_functional(func) else func(*args, **kwargs))
+
+
+@cache
+def _is_functional(func: Any) -> bool:
+    """Whether the op only makes new tensors: nothing written to, no views."""
+    return all(r.alias_info is None for r in func._schema.returns) and not func._schema.is_mutable
+
+
+def _remembered(func: Any, args: Any, kwargs: Any, key: Any) -> Any:
+    """PyTorch works many shapes out in Python, slowly, and a model calls the same op with the same shapes again and again."""
+    known = _memo.get(key)
+    if known is not None:
+        several, sizes = known
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in sizes]
+        return tuple(made) if several else made[0]
+    result = func(*args, **kwargs)
+    several = isinstance(result, tuple)
+    tensors = result if several else (result,)
+    if len(_memo) < MEMO_SIZE and all(isinstance(t, Tensor) and t.storage_offset() == 0 for t in tensors):
+        _memo[key] = several, [(t.shape, t.stride(), t.dtype) for t in tensors]
+    return result
 
 
 def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:

@@ -45,7 +45,8 @@ class Trials:
 
     def run(self, widths: Mapping[Axis, int], until: int | None = None) -> int | None:
         """The first step at which the code disagrees with ``widths`` (or fails); None where all agree, as far as ``until``."""
-        shapes, watch = planned_shapes(self.coupling, widths), _Watch(self.coupling, widths, until)
+        shapes = planned_shapes(self.coupling, widths)
+        watch = _Watch(self.coupling, widths, until, shapes)
         finished = False
         memo, inputs = self._tensors(shapes)
         model = self._shrunk(memo, widths)
@@ -88,8 +89,8 @@ class _Watch:
     width is 1): its own ops are then left out, as long as all that follow agree again. At the dense widths nothing is left out.
     """
 
-    def __init__(self, coupling: Coupling, widths: Mapping[Axis, int], until: int | None) -> None:
-        self.want, self.until = planned(coupling, widths), until
+    def __init__(self, coupling: Coupling, widths: Mapping[Axis, int], until: int | None, shapes: list[tuple[int, ...]]) -> None:
+        self.want, self.until = planned(coupling, widths, shapes), until
         self.modules = [coupling.graph.ops[s.index].module for s in self.want]
         self.lenient, self.width_one = bool(widths), 1 in widths.values()
         self.agreed = 0
