@@ -5,6 +5,9 @@ product (reshape, groups, heads) of smaller axes; sums and products nest. ``unif
 and where the two are cut differently, the coarser one is refined until the cuts agree. Parts are strictly smaller than the whole,
 so there are no cycles, and every refinement adds a node: the work is linear in the number of ops, up to the inverse Ackermann factor.
 
+A third compound, the choice, is for dims whose indices differ by place: where a reshape gives q, k and v a dim of their own and the code
+picks them apart, what a head holds is one dim of that tensor, and yet several axes of one width.
+
 Axes of size 1 are never cut and are left out of products. What can't be made to agree is pinned, with the reason.
 """
 
@@ -19,12 +22,13 @@ class Form(Enum):
     ATOM = "atom"
     SUM = "sum"
     PRODUCT = "product"
+    CHOICE = "choice"  # one of the parts, by the index along another dim
 
 
 class Axis:
     """A node of the union-find forest. Identity matters, equality does not: always go through :func:`find`."""
 
-    __slots__ = ("form", "mixed", "parts", "pinned", "same_as", "size")
+    __slots__ = ("chooser", "form", "mixed", "parts", "pinned", "same_as", "size")
 
     def __init__(self, size: int, pinned: str | None = None) -> None:
         self.size = size
@@ -33,12 +37,13 @@ class Axis:
         self.pinned = pinned
         self.mixed = False
         self.same_as: Axis | None = None
+        self.chooser: Axis | None = None  # of a choice: the axis whose index chooses
 
     def __repr__(self) -> str:
         root = find(self)
         if root.form is Form.ATOM:
             return f"{'=' if root.pinned else ''}{root.size}"
-        sign = " + " if root.form is Form.SUM else " "
+        sign = {Form.SUM: " + ", Form.PRODUCT: " ", Form.CHOICE: " | "}[root.form]
         return "(" + sign.join(map(repr, root.parts)) + ")"
 
 
@@ -114,9 +119,49 @@ def _compose(parts: list[Axis], form: Form, size: int) -> Axis:
     return axis
 
 
+def choice_of(parts: Sequence[Axis], chooser: Axis) -> Axis:
+    """The axis that is ``parts[k]`` at index ``k`` of the dim ``chooser``; all have one size, and must keep one width."""
+    axis = Axis(find(parts[0]).size)
+    axis.form, axis.parts, axis.chooser = Form.CHOICE, tuple(parts), chooser
+    return axis
+
+
+def chosen(axis: Axis, index: int) -> Axis:
+    """What ``axis`` is at ``index`` of the dim that chooses."""
+    axis = find(axis)
+    return axis.parts[index] if axis.form is Form.CHOICE else axis
+
+
+def in_proportion(axes: Sequence[Axis]) -> list[tuple[Axis, ...]] | None:
+    """Which atoms must keep one width for ``axes``, of one size, to keep one; None where they are not made up alike."""
+    axes = list(dict.fromkeys(map(find, axes)))
+    forms = {axis.form for axis in axes}
+    if len(axes) == 1:
+        return []
+    if forms == {Form.ATOM}:
+        return [tuple(axes)]
+    parts = [_open(axis, axis.form) for axis in axes]
+    if len(forms) > 1 or len({tuple(find(p).size for p in own) for own in parts}) > 1:
+        return None
+    found = [in_proportion(place) for place in zip(*parts, strict=True)]
+    return None if None in found else [tie for ties in found for tie in ties or ()]
+
+
+def decided(axis: Axis) -> Axis:
+    """``find``, with the parts of a choice made one axis: something treats them alike."""
+    axis = find(axis)
+    if axis.form is Form.CHOICE:
+        first, *others = axis.parts
+        for other in others:
+            unify(first, other)
+        axis.form, axis.parts, axis.same_as = Form.ATOM, (), find(first)
+        axis = find(axis)
+    return axis
+
+
 def split(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
     """Refine ``axis`` so that it is the sum of its first ``at`` indices and the rest; None where a part of it can't be cut there."""
-    axis = find(axis)
+    axis = decided(axis)
     if axis.form is Form.SUM:
         return _split_sum(axis, at)
     if axis.form is Form.ATOM:
@@ -167,7 +212,7 @@ def _split_sum(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
 
 def factor(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
     """Refine ``axis`` so that it is a product of ``major`` rows of equal length; None where it can't be one."""
-    axis = find(axis)
+    axis = decided(axis)
     row, remainder = divmod(axis.size, major)
     if remainder:
         return None
@@ -224,6 +269,9 @@ def _factor_product(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
 def unify(a: Axis, b: Axis) -> bool:
     """Make ``a`` and ``b`` one axis. Where no common refinement exists both are pinned and the answer is False."""
     a, b = find(a), find(b)
+    if a is b:
+        return True
+    a, b = decided(a), decided(b)
     if a is b:
         return True
     if a.size != b.size:

@@ -40,5 +40,7 @@ def width(axis: Axis, widths: Mapping[Axis, int]) -> int:
     axis = find(axis)
     if axis.form is Form.ATOM:
         return widths.get(axis, axis.size)
+    if axis.form is Form.CHOICE:
+        return width(axis.parts[0], widths)  # all keep one width
     parts = (width(p, widths) for p in axis.parts)
     return sum(parts) if axis.form is Form.SUM else math.prod(parts)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coppice.axes import Axis, Form, atoms, find, mix, pin, product_of, terms, unify
+from coppice.axes import Axis, Form, atoms, decided, find, in_proportion, mix, pin, product_of, terms, unify
+from coppice.choices import picked_apart
 from coppice.cost import Cost, Term
 from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op
@@ -176,7 +177,10 @@ def couple(graph: Graph) -> Coupling:
         elif value.kind is not Kind.INTERMEDIATE:
             dims[value.id] = tuple(Axis(size) for size in value.shape)
     infos, macs = [], []
-    for op in (*graph.ops, *graph.training):
+    apart = picked_apart(graph)
+    for k, op in enumerate((*graph.ops, *graph.training)):
+        if k in apart:
+            op = replace(op, attrs={**op.attrs, "apart": apart[k]})
         operands = [() if v is None else _given(dims, graph, v) for v in op.inputs]
         for axis in (a for v in op.others for a in _given(dims, graph, v)):
             pin(axis, f"read by {op.name}, whose rule says nothing about it")
@@ -200,6 +204,7 @@ def couple(graph: Graph) -> Coupling:
         for kind in (("params", "bytes") if w.kind is Kind.PARAMETER else ("bytes",))
     ]
     coupling = Coupling(graph, known, infos[: len(graph.ops)], macs + sizes, training=infos[len(graph.ops) :])
+    _tie_choices(coupling)
     _pin_unread(coupling)
     _pin_lone_axes(coupling)
     newer = graph.origin.bind_sizes(coupling) if graph.origin is not None else None
@@ -209,6 +214,15 @@ def couple(graph: Graph) -> Coupling:
 def _given(dims: Sequence[Dims | None], graph: Graph, value: int) -> Dims:
     found = dims[value]
     return fixed(graph.shape(value)) if found is None else found
+
+
+def _tie_choices(coupling: Coupling) -> None:
+    """What one dim of a tensor holds, whichever index chooses it, keeps one width."""
+    choices = dict.fromkeys(a for dims in coupling.dims for d in dims if (a := find(d)).form is Form.CHOICE)
+    while unlike := [c for c in choices if c.form is Form.CHOICE and in_proportion(c.parts) is None]:
+        for choice in unlike:
+            decided(choice)
+    coupling.ties += [tie for c in choices if c.form is Form.CHOICE for tie in in_proportion(c.parts) or ()]
 
 
 def _pin_unread(coupling: Coupling) -> None:
@@ -378,6 +392,10 @@ def keep_mask(axis: Axis, kept: Mapping[Axis, Mask]) -> Mask:
         found = kept.get(axis)
         return np.ones(axis.size, bool) if found is None else found
     masks = [keep_mask(p, kept) for p in axis.parts]
+    if axis.form is Form.CHOICE:
+        if any((m != masks[0]).any() for m in masks):
+            raise ValueError("which indices of a choice stay depends on the place")
+        return masks[0]
     if axis.form is Form.SUM:
         return np.concatenate(masks)
     out = masks[0]

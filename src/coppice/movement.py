@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coppice.axes import Axis, find, mix, pin, product_of, split, sum_of, unify
+from coppice.axes import Axis, choice_of, chosen, find, mix, pin, product_of, split, sum_of, unify
 
 Dims = tuple[Axis, ...]
 Shapes = Sequence[tuple[int, ...]]
 FIXED = "a size that the op fixes"
+PICKED = "one index is picked by its number"
 
 
 def fixed(shape: Sequence[int], reason: str = FIXED) -> Dims:
@@ -38,7 +39,7 @@ def broadcast(operands: list[Dims], shape: tuple[int, ...]) -> Dims:
 
 
 def view(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
-    """Reshape: the shortest runs of dims with equal products are the same product."""
+    """Reshape: the shortest runs of dims with equal products are one product. ``apart``: the dim that the code then picks apart."""
     source, target = list(operands[0])[::-1], list(shapes[0])[::-1]
     if math.prod(shapes[0]) == 0:
         return _refuse(operands, shapes, "an empty tensor is reshaped")
@@ -50,11 +51,11 @@ def view(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Di
             target.pop()
             out.append(Axis(1))
         else:
-            out.extend(_run(source, target))
+            out.extend(_run(source, target, attrs.get("apart", math.inf) - len(out)))
     return [tuple(out)]
 
 
-def _run(source: list[Axis], target: list[int]) -> list[Axis]:
+def _run(source: list[Axis], target: list[int], apart: float) -> list[Axis]:
     old, new = [source.pop()], [target.pop()]
     have, want = find(old[0]).size, new[0]
     while have != want:
@@ -69,9 +70,20 @@ def _run(source: list[Axis], target: list[int]) -> list[Axis]:
     whole = product_of(old)
     if whole.pinned:
         return list(fixed(new, whole.pinned))
+    if 0 <= apart < len(new) - 1:
+        return _run_apart(whole, new, int(apart))
     axes = [Axis(size) for size in new]
     unify(whole, product_of(axes))
     return axes
+
+
+def _run_apart(whole: Axis, new: list[int], apart: int) -> list[Axis]:
+    """A run of which dim ``apart`` will be picked apart: for each of its indices, axes of their own lie behind it."""
+    before = [Axis(size) for size in new[:apart]]
+    pieces = [[Axis(size) for size in new[apart + 1 :]] for _ in range(new[apart])]
+    unify(whole, product_of([*before, sum_of([product_of(piece) for piece in pieces])]))
+    chooser = Axis(new[apart], PICKED)
+    return [*before, chooser, *(choice_of(parts, chooser) for parts in zip(*pieces, strict=True))]
 
 
 def permute(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
@@ -165,7 +177,10 @@ def pad(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dim
 
 
 def along(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
-    """Ops that leave some dims alone (``map``: for each result dim, the operand's dim or None), mix some, and sum some away."""
+    """Ops that leave some dims alone (``map``: for each result dim, the operand's dim or None), mix some, and sum some away.
+
+    ``picked``: the results are single indices of the dim that is left out.
+    """
     dims, mapping = operands[0], attrs["map"]
     kept = set(mapping) | set(attrs.get("summed", ()))
     for dim in attrs.get("mixed", ()):
@@ -173,6 +188,8 @@ def along(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[D
     for k, axis in enumerate(dims):
         if k not in kept and k not in attrs.get("mixed", ()):
             pin(axis, attrs.get("reason", FIXED))
+    if "picked" in attrs:
+        return [tuple(chosen(dims[k], index) for k in mapping) for index in attrs["picked"]]
     out = tuple(Axis(size, FIXED) if k is None else dims[k] for k, size in zip(mapping, shapes[0], strict=True))
     return [out if len(shape) == len(out) else fixed(shape) for shape in shapes]
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from coppice.movement import PICKED
+
 Operands = list["Ref | None"]
 Translation = tuple[str, Operands, dict[str, Any]]
 
@@ -137,14 +139,18 @@ def _reduction(kind: str, name: str = "dim") -> Callable[[Call], Translation]:
     return translate
 
 
+def _picked(dim: int, shape: tuple[int, ...], indices: list[int]) -> dict[str, Any]:
+    return {"map": [k for k in range(len(shape)) if k != dim], "picked": indices, "dim": dim, "reason": PICKED}
+
+
 def _select(c: Call) -> Translation:
-    rank = len(c.x.shape)
-    dim = _dim(c["dim"], rank)
-    return "along", [c.x], {"map": [k for k in range(rank) if k != dim], "reason": "one index is picked by its number"}
+    dim = _dim(c["dim"], len(c.x.shape))
+    return "along", [c.x], _picked(dim, c.x.shape, [c["index"] % c.x.shape[dim]])
 
 
 def _unbind(c: Call) -> Translation:
-    return _select(c)
+    dim = _dim(c["dim"], len(c.x.shape))
+    return "along", [c.x], _picked(dim, c.x.shape, list(range(c.x.shape[dim])))
 
 
 def _take_apart(c: Call) -> Translation:

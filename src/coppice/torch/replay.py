@@ -7,7 +7,7 @@ result is put back with NaN at the removed ones, so that anything that reads a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from coppice.axes import Axis, atoms, find
+from coppice.axes import Axis, Form, atoms, chosen, find
 from coppice.coupling import Coupling, Mask, keep_mask
 from coppice.graph import Kind, Op
 from coppice.torch.aten import Ref, base_name
@@ -130,7 +130,15 @@ class Replay:
 
     def kept(self, value: int, tensor: Tensor) -> Tensor:
         """``tensor`` (dense value ``value``) restricted to the indices that stay."""
-        for dim, axis in enumerate(self.coupling.dims[value]):
+        return self._kept(self.coupling.dims[value], tensor)
+
+    def _kept(self, dims: Sequence[Axis], tensor: Tensor) -> Tensor:
+        chooser = next((found.chooser for found in map(find, dims) if found.form is Form.CHOICE), None)
+        if chooser is not None:  # index by index of the dim that chooses
+            at = next(k for k, axis in enumerate(dims) if axis is chooser)
+            rest = [[chosen(axis, k) for axis in (*dims[:at], *dims[at + 1 :])] for k in range(tensor.shape[at])]
+            return torch.stack([self._kept(own, part) for own, part in zip(rest, tensor.unbind(at), strict=True)], at)
+        for dim, axis in enumerate(dims):
             mask = keep_mask(axis, self.keep)
             if not mask.all():
                 tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask)))

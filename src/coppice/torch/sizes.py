@@ -400,6 +400,8 @@ def _free(axis: Axis, pick: int = 0) -> tuple[list[Axis], list[Axis]] | None:
     works with that is for a trial to say.
     """
     axis = find(axis)
+    if axis.form is Form.CHOICE:
+        return _free(axis.parts[0], pick)  # the others are tied to it
     if axis.form is Form.ATOM:
         return None if axis.pinned or axis.size == 1 else ([axis], [])
     if axis.form is Form.SUM:
