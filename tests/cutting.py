@@ -79,9 +79,11 @@ def run(case: Case, coupling: Coupling, graph: Graph, masks: Mapping[Axis, Mask]
     ids = {name: v.id for v in graph.weights() for name in v.names}
     cuts = [[keep_mask(a, masks) for a in coupling.dims[ids[f"operands.{k}"]]] for k in range(len(whole))]
     zeroed = [t.clone() for t in whole]
+    copied = {op.outputs[0]: op.inputs[0] for op in graph.ops if op.name == "aten._to_copy"}  # to another precision
     for op, info in zip(graph.ops, coupling.ops, strict=True):
         for position, dim in info.contracted:
-            k = next((k for k in range(len(whole)) if ids[f"operands.{k}"] == op.inputs[position]), None)
+            read = copied.get(op.inputs[position], op.inputs[position])
+            k = next((k for k in range(len(whole)) if ids[f"operands.{k}"] == read), None)
             if k is not None:
                 zeroed[k].index_fill_(dim, torch.from_numpy(np.flatnonzero(~cuts[k][dim])), 0)
     counts = {a: int(m.sum()) for a, m in masks.items()}

@@ -47,6 +47,7 @@ CASES = [
     Case("dot", "dot", ((6,), (6,)), lambda t, _: torch.dot(*t)),
     Case("weight norm", "weight_norm", ((6, 4, 3), (6, 1, 1)), lambda t, _: aten._weight_norm_interface(*t, 0)[0], mixed=True),
     Case("weight norm, last dim", "weight_norm", ((6, 4, 3), (1, 1, 3)), lambda t, _: aten._weight_norm_interface(*t, 2)[0], mixed=True),
+    Case("lstm", "lstm", ((3, 2, 6), (16, 6), (16, 4), (16,), (16,), (2, 4), (2, 4)), lambda t, _: lstm_layer(*t), mixed=True),
     Case("batch norm", "batch_norm", ((2, 6, 3), (6,), (6,), (6,), (6,)), lambda t, _: F.batch_norm(*t)),
     Case("layer norm", "layer_norm", ((2, 3, 6), (6,), (6,)), lambda t, _: F.layer_norm(t[0], t[1].shape, *t[1:]), mixed=True),
     Case(
@@ -132,6 +133,13 @@ CASES = [
 
 def masked_attention(t: list[Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(*t[:3], attn_mask=t[3].detach(), scale=0.4)
+
+
+def lstm_layer(*t: Tensor) -> Tensor:
+    """The fused kernel is there in single precision only; what it answers is rounded to what that can tell apart."""
+    t = tuple(x.float() for x in t)
+    out = aten.mkldnn_rnn_layer(*t, False, [], 2, t[5].shape[1], 1, True, False, False, False)[0]
+    return (out.double() * 1e4).round()
 
 
 def masked_put(x: Tensor, values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from coppice.choices import picked_apart
 from coppice.cost import Cost, Term
 from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op
-from coppice.movement import SHAPE_RULES, Dims, cut, fixed
+from coppice.movement import FIXED, SHAPE_RULES, Dims, cut, fixed
 from coppice.notation import Dim, Line, Special, parse, spread
 from coppice.rules import LINES
 
@@ -261,8 +261,9 @@ def apply_rule(op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]) -> t
 class _Letters:
     """The axes bound to the letters of one line, for one op. Letters of products get their sizes from ``attrs`` or from what is left."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    def __init__(self, sizes: Mapping[str, int], fixed_sizes: Mapping[str, int]) -> None:
         self.bound: dict[str, Axis] = {k: Axis(v) for k, v in sizes.items()}
+        self.bound |= {k: Axis(v, FIXED) for k, v in fixed_sizes.items()}
         self.ellipsis: list[Axis] = []
 
     def bind(self, dim: Dim, axis: Axis) -> None:
@@ -301,7 +302,7 @@ def _order(dim: Dim) -> int:
 def _apply_line(
     line: Line, macs: tuple[str, ...], op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]
 ) -> tuple[list[Dims], OpDims, list[list[Axis]]]:
-    letters = _Letters(op.attrs.get("sizes", {}))
+    letters = _Letters(op.attrs.get("sizes", {}), op.attrs.get("fixed", {}))
     spreads = [spread(p, len(o)) if v is not None else [] for p, o, v in zip(line.operands, operands, op.inputs, strict=False)]
     results = [spread(p, len(s)) for p, s in zip(line.results, shapes, strict=False)]
     pairs = [(d, a) for dims, axes in zip(spreads, operands, strict=False) for d, a in zip(dims, axes, strict=True)]

@@ -226,10 +226,19 @@ def _shuffle(rule: str, factor: str) -> Callable[[Call], Translation]:
     return lambda c: (rule, [c["self"]], {"factor": c[factor]})
 
 
+def _lstm(c: Call) -> Translation:
+    """One layer, one direction, of an LSTM: its four gates lie in its weights one after the other."""
+    if c["mode"] != LSTM_MODE or c["batch_sizes"]:
+        return "unknown", list(refs_in(list(c.args.values()))), {"reason": "a recurrent layer that is no plain LSTM"}
+    operands = [c[name] for name in ("input", "weight0", "weight1", "weight2", "weight3", "hx_", "cx_")]
+    return "lstm", operands, {"sizes": {"h": c["hidden_size"]}, "fixed": {"q": 4}}
+
+
 def _batch_norm(c: Call) -> Translation:
     return "batch_norm", [c["input"], c["weight"], c["bias"], c.args.get("running_mean"), c.args.get("running_var")], {}
 
 
+LSTM_MODE = 2  # of cuDNN's numbering
 Table = dict[str, Callable[[Call], Translation]]
 
 
@@ -256,6 +265,7 @@ TABLE: Table = {
     **_each("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable", _attention("attn_mask")),
     **_each("_scaled_dot_product_flash_attention _scaled_dot_product_cudnn_attention", _attention("attn_bias")),
     **_each("_scaled_dot_product_efficient_attention", _attention("attn_bias")),
+    **_each("mkldnn_rnn_layer", _lstm),
     **_each("pixel_shuffle", _shuffle("pixel_shuffle", "upscale_factor")),
     **_each("pixel_unshuffle", _shuffle("pixel_unshuffle", "downscale_factor")),
     **_each("channel_shuffle native_channel_shuffle", lambda c: ("channel_shuffle", [c["self"]], {"sizes": {"g": c["groups"]}})),

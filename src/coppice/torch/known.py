@@ -13,13 +13,20 @@ from coppice.coupling import Coupling
 def bind_known_modules(model: nn.Module, coupling: Coupling) -> None:
     """PyTorch's own modules: which attribute is which dim of which parameter."""
     dims = {name: coupling.dims[v.id] for v in coupling.graph.weights() for name in v.names}
-    ran = zip((*coupling.graph.ops, *coupling.graph.training), (*coupling.ops, *coupling.training), strict=True)
+    graph_ops = (*coupling.graph.ops, *coupling.graph.training)
+    ran = zip(graph_ops, (*coupling.ops, *coupling.training), strict=True)
+    first_input: dict[str, tuple[Axis, ...]] = {}
+    for op in graph_ops:
+        if op.inputs and op.inputs[0] is not None:
+            first_input.setdefault(op.module, coupling.dims[op.inputs[0]])
     groups = {op.module: info.letters.get("g") for op, info in ran if "g" in info.letters}
     for path, module in model.named_modules(remove_duplicate=False):
         bind = next((bind for kind, bind in KNOWN if isinstance(module, kind)), None)
         if bind is not None:
             prefix = f"{path}." if path else ""
-            own = {name: dims[prefix + name] for name in ("weight", "running_mean", "in_proj_weight") if prefix + name in dims}
+            names = ("weight", "running_mean", "in_proj_weight", "weight_ih_l0", "weight_hh_l0")
+            own = {name: dims[prefix + name] for name in names if prefix + name in dims}
+            own["input"] = first_input.get(path, ())
             for attribute, axis in bind(own, groups.get(path)):
                 _bind(coupling, module, path, attribute, axis)
 
@@ -60,7 +67,7 @@ def _of_linear(dims: Dims, groups: Axis | None) -> Known:
 
 
 def _of_batch_norm(dims: Dims, groups: Axis | None) -> Known:
-    for axis in dims.get("weight", dims.get("running_mean", ()))[:1]:
+    for axis in dims.get("weight", dims.get("running_mean", dims["input"][1:]))[:1]:
         yield "num_features", axis
 
 
@@ -87,6 +94,12 @@ def _of_attention(dims: Dims, groups: Axis | None) -> Known:
             yield attribute, dims["in_proj_weight"][1]
 
 
+def _of_recurrent(dims: Dims, groups: Axis | None) -> Known:
+    if "weight_ih_l0" in dims:
+        yield "input_size", dims["weight_ih_l0"][1]
+        yield "hidden_size", dims["weight_hh_l0"][1]
+
+
 KNOWN: tuple[tuple[type[nn.Module], Callable[[Dims, Axis | None], Known]], ...] = (
     (nn.modules.conv._ConvTransposeNd, _of_transposed_conv),
     (nn.modules.conv._ConvNd, _of_conv),
@@ -97,4 +110,5 @@ KNOWN: tuple[tuple[type[nn.Module], Callable[[Dims, Axis | None], Known]], ...] 
     (nn.GroupNorm, _of_group_norm),
     (nn.Embedding, _of_embedding),
     (nn.MultiheadAttention, _of_attention),
+    (nn.RNNBase, _of_recurrent),
 )
