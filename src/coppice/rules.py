@@ -55,7 +55,7 @@ LINES: dict[str, Rule] = {
     "mv": Rule("a b, b -> a", macs=("a b",)),
     "dot": Rule("a, a -> ", macs=("a",)),
     "weight_norm": Rule(_weight_norm),
-    "lstm": Rule("t n i, (q h!) i, (q h) h, (q h), (q h), n h, n h -> t n h, n h, n h", macs=("t n q h i", "t n q h h")),
+    "lstm": Rule("t! n i, (q h!) i, (q h) h, (q h), (q h), n h, n h -> t n h, n h, n h", macs=("t n q h i", "t n q h h")),
     "batch_norm": Rule("n c ..., c, c, c, c -> n c ..."),
     "layer_norm": Rule(_layer_norm),
     "group_norm": Rule("n (g c!) ~..., (g c), (g c) -> n (g c) ~..., n g, n g"),
