@@ -169,6 +169,7 @@ ROWS = [
     Row("index _unsafe_index", "a 3 b", lambda op, t, _: op(t[0], [None, INDEX])),
     Row("index_put _unsafe_index_put _index_put_impl", "a 4 b, a 3 b", lambda op, t, _: op(t[0], [None, PLACES], t[1])),
     Row("index_select", "a 3 b", lambda op, t, _: op(t[0], 1, INDEX)),
+    Row("unfold", "a 5 b", lambda op, t, _: op(t[0], 1, 3, 2)),
     Row("_softmax _log_softmax", "a b c", lambda op, t, _: op(t[0], 1, False)),
     Row("_safe_softmax cumsum cumprod", "a b c", lambda op, t, _: op(t[0], 1)),
     Row("flip", "a b c", lambda op, t, _: op(t[0], [1])),

@@ -222,6 +222,13 @@ def _index_select(c: Call) -> Translation:
     return "along", [c.x], {"map": mapping, "reason": "picked from by an index tensor"}
 
 
+def _unfold(c: Call) -> Translation:
+    """Windows of one dim: how many there are, and, as the last dim, how long they are."""
+    dim = _dim(c["dimension"], len(c.x.shape))
+    mapping = [*(None if k == dim else k for k in _identity_map(c)), None]
+    return "along", [c.x], {"map": mapping, "reason": "cut into windows"}
+
+
 def _shuffle(rule: str, factor: str) -> Callable[[Call], Translation]:
     return lambda c: (rule, [c["self"]], {"factor": c[factor]})
 
@@ -303,6 +310,7 @@ TABLE: Table = {
     **_each("index _unsafe_index", _index),
     **_each("index_put _unsafe_index_put _index_put_impl", _index_put),
     **_each("index_select", _index_select),
+    **_each("unfold", _unfold),
     **_each("_softmax _log_softmax _safe_softmax cumsum cumprod", _mixing()),
     **_each("flip roll", _reordering("dims")),
     **_each("sort argsort topk", _reordering("dim")),
