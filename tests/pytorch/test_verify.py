@@ -135,3 +135,21 @@ def test_the_independent_check_does_not_need_verify(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(coppice, "verify", lambda *_: coppice.torch.verify.Verification(0.0, (), 0.0))
     with pytest.raises(MismatchError, match="differs from the dense model"):
         check_some("pixel_shuffle_between_convs", zeroed=True)
+
+
+def test_a_number_of_the_code_made_into_a_tensor_follows_the_width() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = self.a(x), self.b(x)
+            return self.c(q @ k.transpose(1, 2) / torch.sqrt(torch.tensor(q.shape[-1])))
+
+    model = Scaled().eval()
+    coupling = coppice.couple(coppice.capture(model, torch.randn(2, 5, 4)))
+    assert coupling.prunable
+    for seed in range(3):
+        plan = random_plan(coupling, seed)
+        coppice.verify(model, coppice.apply(model, plan), coupling, plan)

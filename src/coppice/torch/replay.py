@@ -48,10 +48,18 @@ IN_DOUBLE: dict[str, Callable[..., Any]] = {"mkldnn_rnn_layer": _lstm_layer}
 class Replay:
     """One run of the dense program with the indices outside ``keep`` (atom -> mask) out of effect. ``run`` answers every output.
 
-    ``model`` must be a copy that may be written to, as the program's own in-place ops do.
+    ``numbers`` replace constants (value id -> tensor) that the code made of sizes. ``model`` must be a copy that may be written to, as the
+    program's own in-place ops do.
     """
 
-    def __init__(self, coupling: Coupling, model: nn.Module, inputs: tuple[Any, ...], keep: Mapping[Axis, Mask]) -> None:
+    def __init__(
+        self,
+        coupling: Coupling,
+        model: nn.Module,
+        inputs: tuple[Any, ...],
+        keep: Mapping[Axis, Mask],
+        numbers: Mapping[int, Tensor] | None = None,
+    ) -> None:
         self.coupling, self.keep = coupling, keep
         self.env: dict[int, Tensor] = {}
         graph = coupling.graph
@@ -61,7 +69,7 @@ class Replay:
         }
         for value in graph.weights():
             self.env[value.id] = in_double(named[value.names[0]])
-        self.env.update({k: in_double(v).clone() for k, v in graph.origin.constants.items()})
+        self.env.update({k: in_double(v).clone() for k, v in {**graph.origin.constants, **(numbers or {})}.items()})
         for k, tensor in zip(graph.inputs, (t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), strict=True):
             self.env[k] = in_double(tensor).clone()
         self._last_use = self._lifetimes()

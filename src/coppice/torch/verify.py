@@ -158,7 +158,7 @@ class _Comparison:
         pairs = self._paired(recorder)
         have = {id(t): t for t in tree_flatten(output)[0] if isinstance(t, Tensor)}.values()
         try:
-            want = self._replay().run({k: recorder.ops[j].call for k, j in pairs.items()})
+            want = self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()})
         except RuntimeError as error:
             raise VerificationError(f"the oracle can't be computed, so nothing proves this plan right: {error}") from error
         worst = max((relative_error(a, b) for a, b in zip(have, want, strict=True)), default=0.0)
@@ -168,8 +168,9 @@ class _Comparison:
             )
         return worst
 
-    def _replay(self) -> Replay:
-        return Replay(self.coupling, self.dense, self.coupling.graph.origin.inputs, self.keep)
+    def _replay(self, recorder: Recorder) -> Replay:
+        origin = self.coupling.graph.origin
+        return Replay(self.coupling, self.dense, origin.inputs, self.keep, _numbers(origin.constants, recorder.constants))
 
     def _record(self, on_op: OnOp | None = None) -> tuple[Recorder, Any]:
         decisions = [Decision(d.op, in_double(d.answer)) for d in decisions_of(self.coupling.graph)]
@@ -220,7 +221,7 @@ class _Comparison:
             if ours is not None and outs and not wrong and not relative_error(ours, outs[0]) <= TOLERANCE:
                 wrong.append(k)
 
-        self._replay().run({k: recorder.ops[j].call for k, j in pairs.items()}, watch)
+        self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()}, watch)
         if not wrong:
             return "none: the outputs are put together differently"
         op = self.coupling.graph.ops[wrong[0]]
@@ -230,6 +231,13 @@ class _Comparison:
         names = {a.atom: a.name for a in self.coupling.prunable}
         found = dict.fromkeys(names[atom] for v in op.outputs for d in self.coupling.dims[v] for atom in atoms(d) if atom in names)
         return ", ".join(found) or "none"
+
+
+def _numbers(dense: dict[int, Tensor], small: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Tensors that the code made of one number (``torch.tensor(x.shape[1])``) as the pruned model has them, paired in order."""
+    if [t.shape for t in dense.values()] != [t.shape for t in small.values()]:
+        return {}
+    return {k: new for (k, old), new in zip(dense.items(), small.values(), strict=True) if old.numel() == 1}
 
 
 def _sizes(step: Step) -> str:
