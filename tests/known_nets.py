@@ -828,3 +828,57 @@ class ThreeNumbers(nn.Module):
 @known(AWKWARD)
 def three_numbers_in_one_view() -> Net:
     return ThreeNumbers(), (image(),)
+
+
+class CrossAttention(nn.Module):
+    """A learned query asks the tokens: keys and values come from one projection, the query from another part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(7, 16)
+        self.query = nn.Parameter(torch.randn(1, 1, 16))
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.fc(self.attn(self.query.repeat(x.shape[0], 1, 1), x, x)[0][:, 0])
+
+
+@known(AWKWARD)
+def learned_query() -> Net:
+    return CrossAttention(), (torch.randn(2, 6, 7),)
+
+
+class DrawsTokens(nn.Module):
+    """Tokens drawn at random, as masked autoencoders do: the same draw must reach both sides of a proof."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.fc = nn.Linear(7, 16), nn.Linear(16, 24), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        order = torch.rand(x.shape[:2], dtype=x.dtype).argsort(1)[:, :3]
+        x = torch.gather(x, 1, order[..., None].repeat(1, 1, x.shape[2]))
+        return self.fc(F.gelu(self.body(x)).mean(1))
+
+
+class SplitByWhatWasRead(nn.Module):
+    """``split((c, c, 3))`` with the ``c`` of what was read, as in focal modulation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fork = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 35, 1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        c = x.shape[1]
+        query, context, gates = torch.split(self.fork(x), (c, c, 3), 1)
+        return self.fc((query * torch.tanh(context) * gates.sum(1, keepdim=True) + x).mean((2, 3)))
+
+
+@known(AWKWARD)
+def split_by_what_was_read() -> Net:
+    return SplitByWhatWasRead(), (image(),)

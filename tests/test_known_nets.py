@@ -52,6 +52,8 @@ PRUNABLE = {
     "dict_outputs": 2,
     "nested_list_of_inputs": 1,
     "anchors_kept_between_passes": 2,
+    "learned_query": 3,
+    "split_by_what_was_read": 1,
     "three_numbers_in_one_view": 3,  # not the heads, whose number the code divides by
 }
 

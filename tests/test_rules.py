@@ -126,6 +126,8 @@ CASES = [
     Case("boolean mask put", "put", ((3, 4, 5), (5,)), lambda t, _: masked_put(*t)),
     Case("top k", "along", ((3, 4),), lambda t, _: t[0].topk(2, 1)[0]),
     Case("zeros", "filled", ((4, 5),), lambda t, told: t[0] + torch.zeros(told.shapes[0], dtype=torch.float64), Told(shapes=((4, 5),))),
+    Case("gather", "gather", ((3, 4, 5), (3, 2, 5)), lambda t, _: t[0].gather(1, (t[1] > 0.7).long())),
+    Case("gather a part", "gather", ((3, 4, 5), (2, 2, 5)), lambda t, _: t[0].gather(1, (t[1] > 0.7).long())),
     Case("arange", "fresh", (), lambda t, _: torch.arange(4, dtype=torch.float64), cut=False),
     Case("inverse", "unknown", ((4, 4),), lambda t, _: torch.linalg.inv_ex(t[0])[0], cut=False),
 ]

@@ -222,7 +222,11 @@ def _tie_choices(coupling: Coupling) -> None:
     while unlike := [c for c in choices if c.form is Form.CHOICE and in_proportion(c.parts) is None]:
         for choice in unlike:
             decided(choice)
-    coupling.ties += [tie for c in choices if c.form is Form.CHOICE for tie in in_proportion(c.parts) or ()]
+    for choice in (c for c in choices if c.form is Form.CHOICE):
+        ties = in_proportion(choice.parts) or ()
+        coupling.ties += ties
+        if not ties:  # one axis all along
+            decided(choice)
 
 
 def _pin_unread(coupling: Coupling) -> None:

@@ -213,6 +213,21 @@ def filled(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[
     return [tuple(Axis(size) for size in shape) for shape in shapes]
 
 
+def gather(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
+    """Picked along one dim by an index of the result's shape; other dims are the operand's, where the index goes through all of them."""
+    (dims, index), dim = operands, attrs["dim"]
+    pin(dims[dim], "picked from by an index tensor")
+    pin(index[dim], "an index tensor's own dim")
+    for k, (axis, other) in enumerate(zip(dims, index, strict=True)):
+        if k != dim:
+            if find(axis).size == find(other).size:
+                unify(axis, other)
+            else:
+                pin(axis, "picked from by an index tensor")
+                pin(other, "an index tensor's own dim")
+    return [index]
+
+
 def fresh(operands: list[Dims], shapes: Shapes, attrs: dict[str, Any]) -> list[Dims]:
     """Numbers made by the code, each other than the next (arange): its size is one that no plan changes."""
     return [fixed(shape, "made by the code with a fixed size") for shape in shapes]
@@ -242,6 +257,7 @@ SHAPE_RULES: dict[str, Callable[[list[Dims], Shapes, dict[str, Any]], list[Dims]
     "along": along,
     "put": put,
     "filled": filled,
+    "gather": gather,
     "fresh": fresh,
     "unknown": unknown,
 }

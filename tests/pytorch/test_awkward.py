@@ -17,7 +17,7 @@ from coppice.allocate import smallest
 from coppice.coupling import UNREAD
 from coppice.testing import flat_outputs
 from coppice.torch.capture import quiet_eval
-from known_nets import AWKWARD
+from known_nets import AWKWARD, DrawsTokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,3 +87,13 @@ def test_what_the_forward_pass_does_not_read_is_pinned() -> None:
     assert coppice.couple(coppice.capture(model, torch.randn(2, 5, 6))).pins[UNREAD] == ["mask_token:0"]
     masks = torch.tensor([[True, False, True, True, False]] * 2)
     assert UNREAD not in coppice.couple(coppice.capture(model, (torch.randn(2, 5, 6), masks))).pins
+
+
+def test_the_same_random_draw_reaches_both_sides_of_the_proof() -> None:
+    model, inputs = DrawsTokens(), (torch.randn(2, 6, 7),)
+    coupling = coppice.couple(coppice.capture(model, inputs))
+    assert [a.name for a in coupling.prunable] == ["embed.weight:0", "body.weight:0"]
+    plan = coppice.remove(coupling, {"embed.weight:0": range(8), "body.weight:0": range(8)})
+    before = torch.random.get_rng_state()
+    assert coppice.verify(model, coppice.apply(model, plan), coupling, plan).max_error < 1e-10
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -168,6 +168,7 @@ ROWS = [
     Row("constant_pad_nd", "a b", lambda op, t, _: op(t[0], [1, 2])),
     Row("index _unsafe_index", "a 3 b", lambda op, t, _: op(t[0], [None, INDEX])),
     Row("index_put _unsafe_index_put _index_put_impl", "a 4 b, a 3 b", lambda op, t, _: op(t[0], [None, PLACES], t[1])),
+    Row("gather", "a 3 b, a 2 b", lambda op, t, _: op(t[0], 1, (t[1] > 0.7).long())),
     Row("index_select", "a 3 b", lambda op, t, _: op(t[0], 1, INDEX)),
     Row("unfold", "a 5 b", lambda op, t, _: op(t[0], 1, 3, 2)),
     Row("_softmax _log_softmax", "a b c", lambda op, t, _: op(t[0], 1, False)),

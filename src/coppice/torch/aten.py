@@ -310,6 +310,7 @@ TABLE: Table = {
     **_each("index _unsafe_index", _index),
     **_each("index_put _unsafe_index_put _index_put_impl", _index_put),
     **_each("index_select", _index_select),
+    **_each("gather", lambda c: ("gather", [c["self"], c["index"]], {"dim": _dim(c["dim"], len(c.x.shape))})),
     **_each("unfold", _unfold),
     **_each("_softmax _log_softmax _safe_softmax cumsum cumprod", _mixing()),
     **_each("flip roll", _reordering("dims")),

@@ -253,8 +253,16 @@ class _Search:
 
             if self._try_tie([self._pieces(op) for op in alike], or_bound):
                 return True
+            read = range(len(self._entering(k)))  # split((c, c, n)) with a c that was read
+            if any(self._try_tie([self._pieces_and(j, op) for op in alike], works) for j in read):
+                return True
         choices = [[choice(op) for op in alike] for choice in self._tie_choices(k, widths)]
         return any(self._try_tie(sets, works, pick) for pick in (0, 1) for sets in choices)
+
+    def _pieces_and(self, j: int, k: int) -> list[Axis]:
+        """Axis ``j`` of those that were read, and the pieces of op ``k`` that are multiples of it."""
+        whole = self._entering(k)[j : j + 1]
+        return [*whole, *(p for p in self._pieces(k) for a in whole if p.size % find(a).size == 0 and find(a).size > 1)]
 
     def _tie_choices(self, k: int, widths: dict[Axis, int]) -> Iterator[Callable[[int], list[Axis]]]:
         """What might be in proportion at op ``k``, each as a function that names the same axes at the like op of another module."""
@@ -304,7 +312,10 @@ class _Search:
                 continue
             moving = tuple(dict.fromkeys(a for f in free if f for a in f[0]))
             still = [a for f in free if f for a in f[1]]
-            if None in free or set(moving) & set(still) or len({bundle_of.get(a, (a,)) for a in moving}) < 2:  # already in proportion
+            bundles = {bundle_of.get(a, (a,)) for a in moving}
+            if None in free or set(moving) & set(still) or len(bundles) < 2:  # already in proportion
+                continue
+            if math.gcd(*(a.size for bundle in bundles for a in bundle)) == 1:  # none could move any more
                 continue
             for a in still:
                 if a.pinned is None:

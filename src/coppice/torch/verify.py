@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -142,6 +144,14 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return gap / max(b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0, 1e-300)
 
 
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Code that draws random numbers draws the same ones each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 @dataclass(slots=True)
 class _Comparison:
     """The pruned model ``small`` against the oracle of ``dense``, both in double precision."""
@@ -158,7 +168,8 @@ class _Comparison:
         pairs = self._paired(recorder)
         have = {id(t): t for t in tree_flatten(output)[0] if isinstance(t, Tensor)}.values()
         try:
-            want = self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()})
+            with _same_draws():
+                want = self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()})
         except RuntimeError as error:
             raise VerificationError(f"the oracle can't be computed, so nothing proves this plan right: {error}") from error
         worst = max((relative_error(a, b) for a, b in zip(have, want, strict=True)), default=0.0)
@@ -174,7 +185,8 @@ class _Comparison:
 
     def _record(self, on_op: OnOp | None = None) -> tuple[Recorder, Any]:
         decisions = [Decision(d.op, in_double(d.answer)) for d in decisions_of(self.coupling.graph)]
-        recorder, output, error = record(self.small, in_double(self.coupling.graph.origin.inputs), on_op, decisions, double=True)
+        with _same_draws():
+            recorder, output, error = record(self.small, in_double(self.coupling.graph.origin.inputs), on_op, decisions, double=True)
         if error is not None:
             dense, small = self._steps(recorder)
             op = self.coupling.graph.ops[dense[first_difference(dense, small) or 0].index]
@@ -221,7 +233,8 @@ class _Comparison:
             if ours is not None and outs and not wrong and not relative_error(ours, outs[0]) <= TOLERANCE:
                 wrong.append(k)
 
-        self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()}, watch)
+        with _same_draws():
+            self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()}, watch)
         if not wrong:
             return "none: the outputs are put together differently"
         op = self.coupling.graph.ops[wrong[0]]
