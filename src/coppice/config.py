@@ -41,14 +41,15 @@ class RunConfig:
     preprocess: Preprocess = Preprocess()
     target: Target = Target()
     max_drop: float | None = None  # points of top-1: decided on validation, judged on test (coppice.floor)
-    criterion: str = "taylor"
+    criterion: str = "obs"
     allocation: str = "global"
     round_to: int = 8
     min_width: int = 8
     steps: int = 1  # cuts to the target
     rounds: int = 2  # fine-tunings after the last cut, as long as the floor is not held
     trials: int = 5  # probes of the bisection, when only max_drop is given
-    calibration: int = 512  # training images for the scores
+    calibration: int = 512  # training images for the scores and the repair
+    repair: bool = True  # refit the layers after a cut
     recipe: Recipe = field(default_factory=lambda: Recipe(distill=DISTILL))
     seed: int = 0
     threads: int = 0  # 0: one a core; stored as the number used
@@ -113,7 +114,7 @@ def _check_types(given: Mapping[str, Any], default: Any, where: str) -> Mapping[
         if name not in known:
             raise CoppiceError(f"configuration: unknown setting {where}{name}, known are {', '.join(sorted(known))}")
         kinds, wanted = _kinds(known[name])
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise CoppiceError(f"configuration: {where}{name} is {value!r}, it must be {wanted}")
     if not all(isinstance(size, int) for size in given.get("input", ())):
         raise CoppiceError(f"configuration: input is {given['input']!r}, it must be a list of whole numbers")
@@ -123,6 +124,8 @@ def _check_types(given: Mapping[str, Any], default: Any, where: str) -> Mapping[
 def _kinds(default: Any) -> tuple[tuple[type, ...], str]:
     if isinstance(default, str):
         return (str,), "text"
+    if isinstance(default, bool):
+        return (bool,), "true or false"
     if isinstance(default, int):
         return (int,), "a whole number"
     if default is None or isinstance(default, float):

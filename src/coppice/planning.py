@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coppice.axes import atoms, find
+from coppice.axes import Axis, atoms, find
 from coppice.cost import width
 from coppice.coupling import Coupling, Mask, describe
 from coppice.errors import CoppiceError
@@ -84,6 +84,12 @@ def _size(value: object) -> int | list[int]:
     if isinstance(value, list):
         return [int(v) for v in value]
     return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def masks_by_atom(coupling: Coupling, plan: Plan) -> dict[Axis, Mask]:
+    """Which indices of each prunable atom stay under ``plan``, which was made for this coupling."""
+    by_name = {axis.name: axis.atom for axis in coupling.prunable}
+    return {by_name[axis.name]: np.isin(np.arange(axis.width), axis.keep) for axis in plan.axes}
 
 
 def make_plan(coupling: Coupling, keep: Mapping[int, Mask]) -> Plan:

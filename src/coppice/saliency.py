@@ -2,7 +2,7 @@
 
 A criterion is a small pure function of a parameter and (for some) its gradient on one batch; it answers a saliency an element, not
 negative. The score of an index is the sum over every element that goes with it: in every filter, norm and consumer that the axis lies on.
-To add a criterion, write one function and one line of ``CRITERIA`` (``docs/add-a-criterion.md``).
+``obs`` does not look at elements but at what the readers of an axis lose. To add a criterion: ``docs/add-a-criterion.md``.
 """
 
 from __future__ import annotations
@@ -56,20 +56,70 @@ def taylor(weight: Array, gradient: Array | None) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class Criterion:
-    """``element`` is None for the random control. ``per_axis``: divided by the axis's mean, for criteria without a common unit."""
+class Request:
+    """What a criterion may look at. ``batches`` are ``(inputs, targets)``; ``loss(outputs, targets)`` is cross-entropy where None."""
 
-    element: Callable[[Array, Array | None], Array] | None
-    needs_gradient: bool
+    model: Any
+    coupling: Coupling
+    batches: Iterable[Any]
+    loss: Callable[..., Any] | None
+    seed: int
+
+    @property
+    def front_end(self) -> Any:
+        return self.coupling.graph.origin
+
+
+ByAxis = dict[int, Array]
+Element = Callable[[Array, Array | None], Array]
+
+
+def of_weights(element: Element) -> Callable[[Request], ByAxis]:
+    """Scores from a saliency of each weight."""
+
+    def scores(request: Request) -> ByAxis:
+        weights = request.front_end.parameters(request.model)
+        return per_index(request.coupling, {name: element(weight, None) for name, weight in weights.items()})
+
+    return scores
+
+
+def of_gradients(element: Element) -> Callable[[Request], ByAxis]:
+    """Scores from a saliency of each weight and its gradient, averaged over the batches."""
+    return lambda r: per_index(r.coupling, r.front_end.mean_over_batches(r.model, element, r.batches, r.loss))
+
+
+def obs(request: Request) -> ByAxis:
+    """The loss that removing an index adds when all that reads it is refitted: see ``coppice.torch.elimination``. Needs no labels."""
+    found: ByAxis = request.front_end.removal_losses(
+        request.model, request.coupling, (inputs for inputs, _ in request.batches), request.seed
+    )
+    return found
+
+
+def random(request: Request) -> ByAxis:
+    """The control: what any criterion has to beat."""
+    rng = np.random.default_rng(request.seed)
+    return {axis.id: rng.random(axis.width) for axis in request.coupling.prunable}
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """``batch``: images at a time (0: it needs none). ``per_axis``: divided by the axis's mean, where scores have no common unit."""
+
+    scores: Callable[[Request], ByAxis]
+    batch: int
     per_axis: bool
 
 
+ONE_GRADIENT = 16  # squares of small batches' gradients tell more of an index than those of large ones
 CRITERIA: dict[str, Criterion] = {
-    "l1": Criterion(l1, needs_gradient=False, per_axis=True),
-    "l2": Criterion(l2, needs_gradient=False, per_axis=True),
-    "gradient": Criterion(gradient, needs_gradient=True, per_axis=True),
-    "taylor": Criterion(taylor, needs_gradient=True, per_axis=False),
-    "random": Criterion(None, needs_gradient=False, per_axis=True),
+    "obs": Criterion(obs, batch=32, per_axis=False),
+    "taylor": Criterion(of_gradients(taylor), batch=ONE_GRADIENT, per_axis=False),
+    "gradient": Criterion(of_gradients(gradient), batch=ONE_GRADIENT, per_axis=True),
+    "l1": Criterion(of_weights(l1), batch=0, per_axis=True),
+    "l2": Criterion(of_weights(l2), batch=0, per_axis=True),
+    "random": Criterion(random, batch=0, per_axis=True),
 }
 
 
@@ -83,22 +133,15 @@ def score(
 ) -> Scores:
     """The score of every index of every prunable axis; low means it can go.
 
-    ``batches`` of ``(inputs, targets)`` and ``loss(outputs, targets)`` are for criteria that need gradients: their element saliency is
-    averaged over the batches. ``seed`` is for ``random``. CoppiceError for an unknown criterion, missing batches, or a NaN.
+    ``batches`` of ``(inputs, targets)`` are for the criteria that look at images, ``loss(outputs, targets)`` (default: cross-entropy) for
+    those that need gradients, ``seed`` for what is drawn. CoppiceError for an unknown criterion, missing batches, or a NaN.
     """
     if criterion not in CRITERIA:
         raise CoppiceError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
     chosen = CRITERIA[criterion]
-    if chosen.element is None:
-        rng = np.random.default_rng(seed)
-        return Scores({axis.id: rng.random(axis.width) for axis in coupling.prunable}, additive=False)
-    if chosen.needs_gradient:
-        if batches is None:
-            raise CoppiceError(f"the criterion {criterion!r} needs calibration batches; give batches of (inputs, targets)")
-        elements = coupling.graph.origin.mean_over_batches(model, chosen.element, batches, loss)
-    else:
-        elements = {name: chosen.element(weight, None) for name, weight in coupling.graph.origin.parameters(model).items()}
-    scores = per_index(coupling, elements)
+    if chosen.batch and batches is None:
+        raise CoppiceError(f"the criterion {criterion!r} needs calibration batches; give batches of (inputs, targets)")
+    scores = chosen.scores(Request(model, coupling, batches or (), loss, seed))
     for axis in coupling.prunable:
         if not np.isfinite(scores[axis.id]).all():
             raise CoppiceError(f"the {criterion} scores of {axis.name} are not finite; look for NaN or infinite weights or losses")

@@ -23,14 +23,16 @@ from coppice.errors import CoppiceError
 from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
 from coppice.planning import Plan, compose
 from coppice.progress import Progress
+from coppice.recovery import Recovery, recover
 from coppice.run import Json, Run
-from coppice.saliency import score
+from coppice.saliency import CRITERIA, score
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
+from coppice.torch.program import of_one_shape
 from coppice.torch.verify import verify
 from coppice.train import EpochResult, fine_tune, pick_precision
 
-SCORED_AT_ONCE = 16  # images a gradient: squares of small batches' gradients tell more of an index than those of large ones
+REPAIRED_AT_ONCE = 32  # images in step: few enough for large maps to fit in memory, many enough for small ones to keep a core busy
 Data = ImageData | Loaders
 TrainFunction = Callable[[nn.Module, int], None]
 """A user's own training: (model, epochs) -> None, in place."""
@@ -53,7 +55,7 @@ class Workbench:
 class Snapshot:
     """A model on the way: a plan against the dense model (None: the dense model itself), its stored weights, what it costs and reaches.
 
-    `checks` and `max_error` are those of every cut that led here.
+    `checks` and `max_error` are those of every cut that led here, `recovery` the last one's `coppice.recovery.Recovery`.
     """
 
     stage: str
@@ -64,6 +66,7 @@ class Snapshot:
     epochs: int = 0
     checks: Sequence[str] = ()
     max_error: float = 0.0
+    recovery: Mapping[str, Any] | None = None
 
     @property
     def top1(self) -> float:
@@ -95,22 +98,24 @@ def dense_snapshot(bench: Workbench) -> Snapshot:
 
 
 def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, float]) -> Snapshot:
-    """Score, plan, apply, verify, re-estimate BatchNorm: a smaller model within `budgets`."""
+    """Score, plan, apply, verify, repair: a smaller model within `budgets`."""
 
     def work() -> Json:
         config = bench.run.config
         model = materialise(bench, before)
         coupling = couple(capture(model, (example_input(bench.data),))) if before.plan else bench.coupling
         with bench.progress.bar(f"{name}: scoring by {config.criterion}"):
-            scores = score(model, coupling, config.criterion, _calibration(bench, SCORED_AT_ONCE), F.cross_entropy, config.seed)
+            images = _calibration(bench, CRITERIA[config.criterion].batch or 1)
+            scores = score(model, coupling, config.criterion, images, F.cross_entropy, config.seed)
         step = make_plan(
             coupling, scores, dict(budgets), allocation=config.allocation, round_to=config.round_to, min_width=config.min_width
         )
         with bench.progress.bar(f"{name}: building and verifying"):
             pruned = apply(model, step)
             verification = verify(model, pruned, coupling, step)
-        with bench.progress.bar(f"{name}: re-estimating BatchNorm"):
-            reestimate_batchnorm(pruned, bench.data.train, preprocessing(bench.data), seed=config.seed)
+        with bench.progress.bar(f"{name}: repairing"):
+            pruned, recovery = _repaired(bench, model, pruned, coupling, step)
+        _tell(bench, name, recovery)
         whole = compose(Plan.from_json(before.plan), step) if before.plan else step
         cost = bench.coupling.cost(kept_widths(bench.coupling, whole))
         state = bench.run.save_state(name, pruned.state_dict())
@@ -124,10 +129,30 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
                 val,
                 checks=[*before.checks, *(f"{name}: {line}" for line in verification.checked)],
                 max_error=max(before.max_error, verification.max_error),
+                recovery=asdict(recovery),
             )
         )
 
     return Snapshot(**bench.run.stage(name, work))
+
+
+def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: Coupling, step: Plan) -> tuple[nn.Module, Recovery]:
+    config = bench.run.config
+
+    def reestimate(edited: nn.Module) -> None:
+        reestimate_batchnorm(edited, bench.data.train, preprocessing(bench.data), seed=config.seed)
+
+    images = of_one_shape(x for x, _ in _calibration(bench, REPAIRED_AT_ONCE))
+    return recover(model, pruned, coupling, step, images, reestimate, refit=config.repair, seed=config.seed)
+
+
+def _tell(bench: Workbench, name: str, recovery: Recovery) -> None:
+    losses = dict(recovery.tried)
+    bench.progress.say(
+        f"{name}: {recovery.kept}: distance from the dense outputs {losses['as cut']:.3f} -> {losses[recovery.kept]:.3f} (held out)"
+    )
+    if recovery.refused:
+        bench.progress.say(f"{name}: layers were not refitted: {recovery.refused}")
 
 
 def tune(bench: Workbench, name: str, before: Snapshot, epochs: int) -> Snapshot:

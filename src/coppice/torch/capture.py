@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -70,6 +71,12 @@ class Origin:
         from coppice.torch.gradients import mean_over_batches
 
         return mean_over_batches(model, element, batches, loss)
+
+    def removal_losses(self, model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], seed: int) -> dict[int, NDArray[np.float64]]:
+        """The loss that each index of each prunable axis adds when it goes, along the axis's path (``coppice.torch.elimination``)."""
+        from coppice.torch.elimination import removal_losses
+
+        return removal_losses(model, coupling, batches, seed)
 
 
 @dataclass(frozen=True, slots=True)

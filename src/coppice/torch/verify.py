@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -24,7 +23,7 @@ from coppice.axes import Axis, atoms
 from coppice.coupling import Coupling, Mask
 from coppice.errors import VerificationError
 from coppice.graph import Op
-from coppice.planning import Plan
+from coppice.planning import Plan, masks_by_atom
 from coppice.torch.apply import sliced
 from coppice.torch.capture import OnOp, Recorder, decisions_of, in_double, record
 from coppice.torch.decisions import Decision
@@ -54,12 +53,7 @@ def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) 
     """
     start = time.perf_counter()
     checked = [_check_tensors(model, pruned, plan)]
-    by_name = {a.name: a for a in coupling.prunable}
-    keep: dict[Axis, Mask] = {}
-    for axis in plan.axes:
-        mask = np.zeros(axis.width, bool)
-        mask[list(axis.keep)] = True
-        keep[by_name[axis.name].atom] = mask
+    keep = masks_by_atom(coupling, plan)
     worst, detour = 0.0, None
     for weights in ("its own", "random"):
         error, detour = _compare(model, pruned, coupling, keep, plan if weights == "random" else None)

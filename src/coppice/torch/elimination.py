@@ -1,0 +1,300 @@
+"""What it costs to remove each index, if everything that read it is refitted: the optimal brain surgeon, a group at a time.
+
+For every layer that sums over an axis, the Gram matrix of its inputs on calibration images says how well the indices that stay can stand in
+for one that goes. Indices go one after the other, the cheapest first, each time with the layer's other weights refitted; where several
+layers read the axis, their errors add up, each relative to its response. How much such an error matters differs from axis to axis, so it is
+measured: the model's outputs, with the refitted weights in place, on images that were not fitted to. No labels are needed.
+Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992; for groups and layer by layer: Frantar and Alistarh, Optimal
+Brain Compression, NeurIPS 2022; Kurtic et al., ZipLM, NeurIPS 2023.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from coppice.axes import Axis, atoms
+from coppice.coupling import Coupling, PrunableAxis, keep_mask
+from coppice.graph import Kind
+from coppice.saliency import per_index
+from coppice.torch.layers import Layer, find_layers
+from coppice.torch.program import Program, of_one_shape
+
+RIDGE = 1e-3  # relative to the mean of the Gram matrix's diagonal
+SCARCITY = 0.1  # and as much more as there are features for a sample
+SAMPLES_A_FEATURE = 16
+MOST_SAMPLES = 16384
+LARGEST = 4608  # features whose Gram matrix is kept whole; of more, diagonal blocks
+BLOCKS = 96  # groups that go at a time are a BLOCKSth of all: beyond that the path hardly changes and the time does
+LEVELS = (0.25, 0.5, 0.75)  # shares of an axis removed at which the loss is measured
+HELD_OUT = 4  # every HELD_OUT-th batch measures, the others fit
+TEMPERATURE = 3.0  # of the divergence: at 1 a model that is sure of its training images hides what it lost
+
+Array = NDArray[np.float64]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(slots=True)
+class Removal:
+    """An axis on its way down: ``order`` of the indices as they go, the error ``added`` by each; what a level's model has in other tensors.
+
+    ``first`` is the first op that reads one of those tensors.
+    """
+
+    first: int
+    order: list[int]
+    added: list[float]
+    edits: dict[int, dict[str, Tensor]]
+
+
+@dataclass(slots=True)
+class _Reader:
+    """A layer that sums over an axis: Gram matrix (G, F, F), means (G, F) and weight (G, O, F), in double precision.
+
+    ``energy`` is its response's variance; ``places[g][index]`` are the features of group ``g`` that go with an index of the axis.
+    """
+
+    layer: Layer
+    gram: Tensor
+    mean: Tensor
+    weight: Tensor
+    energy: float
+    places: list[list[Tensor]]
+
+
+def removal_losses(model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], seed: int = 0) -> dict[int, Array]:
+    """Axis id -> for each index the loss that its removal adds, along the axis's path: a divergence from the model's own outputs.
+
+    ``batches`` are model inputs. CoppiceError where there are none.
+    """
+    same = of_one_shape(batches)
+    judge = same[HELD_OUT - 1 :: HELD_OUT] or same
+    fit = [batch for k, batch in enumerate(same) if k % HELD_OUT != HELD_OUT - 1]
+    paths = removal_paths(model, coupling, fit, seed)
+    return _measure(model, paths, judge)
+
+
+def removal_paths(model: nn.Module, coupling: Coupling, batches: Sequence[Tensor], seed: int = 0) -> dict[int, Removal]:
+    """The path of every prunable axis by axis id; of one that no layer with a weight sums over, by the norm of its weights."""
+    program = Program(model, batches)
+    generator = torch.Generator().manual_seed(seed)
+    readers: dict[Axis, list[_Reader]] = {axis.atom: [] for axis in coupling.prunable}
+    for layer in find_layers(program):
+        read = [a for a in _summed(layer, coupling) if a in readers]
+        if read:
+            program.advance(layer.index)
+            gram, mean, energy, weight = _gram(program, layer, generator)
+            for atom in read:
+                readers[atom].append(_Reader(layer, gram, mean, weight, energy, _places(layer, coupling, atom, gram.shape[:2])))
+    tensors = _tensors(model)
+    unread = [axis for axis in coupling.prunable if not readers[axis.atom]]
+    norms = per_index(coupling, {name: t.detach().square().numpy() for name, t in model.named_parameters()}) if unread else {}
+    return {
+        axis.id: _remove_all(axis.width, readers[axis.atom], tensors) if readers[axis.atom] else _zero_all(axis, coupling, norms, tensors)
+        for axis in coupling.prunable
+    }
+
+
+def _measure(model: nn.Module, paths: Mapping[int, Removal], batches: Sequence[Tensor]) -> dict[int, Array]:
+    """The loss that each index adds along its path: measured at each level for each axis alone, between them as the path's errors go."""
+    model = copy.deepcopy(model).eval()
+    tensors = _tensors(model)
+    program = Program(model, batches)
+    program.advance(0)
+    dense = torch.cat(program.finish())
+    found = {}
+    for axis, path in sorted(paths.items(), key=lambda item: item[1].first):
+        program.advance(path.first, program.active)
+        measured = {}
+        for level, edits in path.edits.items():
+            before = {name: tensors[name].detach().clone() for name in edits}
+            _write(tensors, edits)
+            measured[level] = float(divergence(torch.cat(program.finish()), dense))
+            _write(tensors, before)
+        found[axis] = _losses(path, measured)
+    return found
+
+
+def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
+    """How far ``outputs`` are from the dense ones: KL of softened class probabilities for rows of scores, else relative squared error."""
+    if dense.dim() != 2:
+        return (outputs - dense).square().mean() / dense.var().clamp_min(1e-12)
+    p, q = ((z.double() / TEMPERATURE).log_softmax(1) for z in (dense, outputs))
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean") * TEMPERATURE**2
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+@torch.no_grad()
+def _write(tensors: Tensors, values: Tensors) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)
+
+
+def _losses(path: Removal, measured: Mapping[int, float]) -> Array:
+    """The loss that each index adds, by index; rising along the path. Between levels the loss is a power of the path's own error."""
+    errors = np.log(np.maximum(np.cumsum(path.added), 1e-12))
+    levels = sorted(measured)
+    loss = np.log(np.maximum.accumulate([max(measured[level], 1e-9) for level in levels]))
+    at = errors[[level - 1 for level in levels]]
+    curve = np.interp(errors, at, loss) + np.minimum(errors - at[0], 0) + np.maximum(errors - at[-1], 0)  # outside: in proportion
+    scores = np.zeros(len(path.order))
+    scores[path.order] = np.maximum.accumulate(np.diff(np.exp(curve), prepend=0.0))
+    return scores
+
+
+def _zero_all(axis: PrunableAxis, coupling: Coupling, norms: Mapping[int, Array], tensors: Tensors) -> Removal:
+    """The path of an axis that only products of activations sum over (queries with keys): the lowest norms go first, set to zero."""
+    order = np.argsort(norms[axis.id], kind="stable")
+    values = {v.names[0]: v for v in coupling.graph.weights() if v.kind is Kind.PARAMETER}
+    edits: dict[int, dict[str, Tensor]] = {}
+    for level in _levels(axis.width):
+        stays = np.ones(axis.width, bool)
+        stays[order[:level]] = False
+        edits[level] = {}
+        for name, dim in axis.sites:
+            if name in values:
+                gone = torch.from_numpy(np.flatnonzero(~keep_mask(coupling.dims[values[name].id][dim], {axis.atom: stays})))
+                edits[level][name] = edits[level].get(name, tensors[name].detach()).index_fill(dim, gone, 0)
+    touched = {values[name].id for name, _ in axis.sites if name in values}
+    first = next((k for k, op in enumerate(coupling.graph.ops) if touched & {*op.inputs, *op.others}), 0)
+    return Removal(first, order.tolist(), np.maximum.accumulate(norms[axis.id][order]).tolist(), edits)
+
+
+def _levels(width: int) -> list[int]:
+    return sorted({max(1, round(width * share)) for share in LEVELS})
+
+
+def _summed(layer: Layer, coupling: Coupling) -> list[Axis]:
+    """The atoms that the layer sums over (the groups of a convolution are none)."""
+    letter = coupling.ops[layer.index].letters.get("i" if layer.kernel else "b")
+    return [] if letter is None else list(dict.fromkeys(atoms(letter)))
+
+
+def _places(layer: Layer, coupling: Coupling, atom: Axis, shape: Sequence[int]) -> list[list[Tensor]]:
+    """The features of each group of the Gram matrix (groups, features, ...) that go with each index of ``atom``."""
+    dims = coupling.dims[layer.input]
+    axis = dims[1] if layer.kernel else dims[-1]
+    kernel = math.prod(layer.kernel)
+    found: list[list[Tensor]] = [[] for _ in range(shape[0])]
+    for index in range(atom.size):
+        mask = np.ones(atom.size, bool)
+        mask[index] = False
+        gone = np.repeat(~keep_mask(axis, {atom: mask}), kernel)
+        for g, part in enumerate(gone.reshape(shape[0], -1)):
+            found[g].append(torch.from_numpy(np.flatnonzero(part)))
+    return found
+
+
+def _gram(program: Program, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor, float, Tensor]:
+    weight = _in_blocks(layer.matrix(_tensors(program.model)[layer.weight].detach())).double()
+    groups, _, features = weight.shape
+    total, mean, n = torch.zeros(groups, features, features, dtype=torch.float64), torch.zeros(groups, features, dtype=torch.float64), 0
+    shape = program.values[layer.output].shape
+    positions = layer.positions(shape)
+    for k in range(program.active):
+        x = program.value(layer.input, k)
+        samples = (x.shape[0] if layer.kernel else 1) * program.active
+        rows = min(SAMPLES_A_FEATURE * features, max(MOST_SAMPLES, 4 * features))
+        at = torch.randperm(positions, generator=generator)[: max(1, -(-rows // samples))]
+        f = _in_blocks(layer.features(x, at, shape[2:]))
+        total += f.transpose(1, 2) @ f
+        mean += f.sum(1, dtype=torch.float64)
+        n += f.shape[1]
+    mean = mean / n if layer.can_shift else torch.zeros_like(mean)
+    gram = total / n - mean[:, :, None] * mean[:, None]
+    energy = float((weight @ gram * weight).sum())
+    ridge = (RIDGE + SCARCITY * features / n) * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+    return gram + ridge[:, None, None] * torch.eye(features, dtype=torch.float64), mean, energy, weight
+
+
+def _in_blocks(matrix: Tensor) -> Tensor:
+    """(1, rows, features) with too many features as (blocks, rows, features a block): what correlates across blocks is not seen."""
+    groups, rows, features = matrix.shape
+    if groups > 1 or features <= LARGEST:
+        return matrix
+    blocks = next(b for b in range(2, features + 1) if features % b == 0 and features // b <= LARGEST)
+    return matrix.reshape(rows, blocks, -1).transpose(0, 1)
+
+
+def _remove_all(width: int, readers: list[_Reader], tensors: Tensors) -> Removal:
+    states = [_State(r, g) for r in readers for g in range(len(r.gram)) if any(len(p) for p in r.places[g])]
+    path, left, floor = Removal(min(r.layer.index for r in readers), [], [], {}), np.ones(width, bool), 0.0
+    step, levels = max(1, width // BLOCKS), _levels(width)
+    while left.any():
+        where = np.flatnonzero(left)
+        added = np.sum([state.added(where) for state in states], axis=0)
+        chosen = np.argsort(added, kind="stable")[:step]
+        for k in chosen:
+            floor = max(floor, float(added[k]))
+            path.order.append(int(where[k]))
+            path.added.append(floor)
+            left[where[k]] = False
+        for state in states:
+            state.remove([int(where[k]) for k in chosen])
+        if levels and len(path.order) >= levels[0]:
+            levels = [level for level in levels if level > len(path.order)]
+            path.edits[len(path.order)] = _edits(readers, states, tensors)
+    return path
+
+
+@torch.no_grad()
+def _edits(readers: list[_Reader], states: list[_State], tensors: Tensors) -> dict[str, Tensor]:
+    """The readers' weights as refitted (zero where removed features were read), and the constants that their results need."""
+    found: dict[str, Tensor] = {}
+    for reader in readers:
+        layer, weight = reader.layer, reader.weight.clone()
+        for state in states:
+            if state.reader is reader:
+                weight[state.group] = state.weight
+        shift = ((reader.weight - weight) @ reader.mean[:, :, None])[:, :, 0]
+        whole = layer.matrix(tensors[layer.weight])
+        if len(weight) != len(whole):  # blocks of one matrix
+            weight, shift = weight.transpose(0, 1).reshape(whole.shape), shift.sum(0)
+        found[layer.weight] = layer.weight_from(weight, tensors[layer.weight]).to(tensors[layer.weight].dtype)
+        found.update(layer.shifted(tensors, shift.flatten()))
+    return found
+
+
+class _State:
+    """One group of a reader on its way down: the inverse Gram matrix and the refitted weight of what is left."""
+
+    def __init__(self, reader: _Reader, group: int) -> None:
+        self.reader, self.group = reader, group
+        self.inverse = torch.linalg.inv(reader.gram[group])
+        self.weight = reader.weight[group].clone()
+        self.energy = reader.energy or 1.0
+        self.places = reader.places[group]
+
+    def added(self, indices: NDArray[np.intp]) -> Array:
+        """The relative error that removing each of ``indices``, alone, would add."""
+        found = np.zeros(len(indices))
+        counts = np.array([len(self.places[k]) for k in indices])
+        for count in set(counts.tolist()) - {0}:
+            those = np.flatnonzero(counts == count)
+            at = torch.stack([self.places[indices[k]] for k in those])
+            blocks = torch.linalg.inv(self.inverse[at[:, :, None], at[:, None, :]])
+            weights = self.weight[:, at].transpose(0, 1)  # indices, outputs, features
+            found[those] = ((weights @ blocks) * weights).sum((1, 2)).numpy() / self.energy
+        return found
+
+    def remove(self, indices: Sequence[int]) -> None:
+        at = torch.cat([self.places[k] for k in indices])
+        if len(at):
+            rows = self.inverse[at]
+            gain = torch.linalg.solve(rows[:, at], rows)
+            self.weight -= self.weight[:, at] @ gain
+            self.inverse -= rows.T @ gain
+            self.inverse[at, :] = 0
+            self.inverse[:, at] = 0
+            self.inverse[at, at] = 1
+            self.weight[:, at] = 0
