@@ -29,18 +29,20 @@ class Job:
     weights: str
     data: str
     target: str
+    criterion: str
     flags: tuple[str, ...]
 
 
 JOBS = {
-    "resnet20": Job("resnet20", "resnet20_cifar10", "cifar10", "macs=0.5", (*IMAGENET, "--epochs", "3")),
-    "resnet56": Job("resnet56", "resnet56_cifar10", "cifar10", "macs=0.5", (*IMAGENET, "--epochs", "4", "--rounds", "1")),
+    "resnet20": Job("resnet20", "resnet20_cifar10", "cifar10", "macs=0.5", "taylor", (*IMAGENET, "--epochs", "3")),
+    "resnet56": Job("resnet56", "resnet56_cifar10", "cifar10", "macs=0.5", "obs", (*IMAGENET, "--epochs", "4", "--rounds", "1")),
     "mobilenet_v2": Job(
         "mobilenet_v2",
         "mobilenet_v2_imagenette",
         "imagenette224",
         "macs=0.6",
-        (*SYMMETRIC, "--epochs", "3", "--rounds", "1", "--batch-size", "32", "--lr", "0.02"),
+        "obs",
+        (*SYMMETRIC, "--epochs", "3", "--rounds", "1", "--batch-size", "32", "--optimizer", "adamw", "--lr", "2e-4", "--freeze-norm"),
     ),
 }
 
@@ -97,7 +99,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if args.json and args.json.exists() else []
     with tempfile.TemporaryDirectory(prefix="coppice-bench-") as folder:
         for name in args.only or JOBS:
-            for criterion in ("taylor", "random") if args.control else ("taylor",):
+            for criterion in (JOBS[name].criterion, "random") if args.control else (JOBS[name].criterion,):
                 row = run(name, criterion, args.shared.resolve(), Path(folder))
                 rows = [r for r in rows if (r["job"], r["criterion"]) != (name, criterion)] + [row]
                 if args.json:

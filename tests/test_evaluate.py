@@ -99,6 +99,9 @@ def test_a_limit_takes_images_of_all_classes(tmp_path, digits):
     metrics = evaluate(small_net(), by_class, digits.preprocess, limit=50)
     assert metrics.n == 50
     assert None not in metrics.per_class
+    classes = [(digits.test.labels == c).nonzero()[0][:25].tolist() for c in range(10)]
+    in_turn = digits.test.subset([index for one_of_each in zip(*classes, strict=True) for index in one_of_each])
+    assert None not in evaluate(small_net(), in_turn, digits.preprocess, limit=50).per_class  # a stride of five sees two classes
     batch = (torch.randn(8, 1, 8, 8), torch.arange(8))
     assert evaluate(small_net(), [batch] * 4, None, limit=20).n == 20
     assert evaluate(small_net(), [batch], None, limit=20).n == 8

@@ -250,6 +250,15 @@ def test_frozen_parameters_stay(digits):
         fine_tune(model, digits, replace(SHORT, epochs=1))
 
 
+def test_frozen_norms_keep_their_statistics_and_train_their_weights(digits):
+    model = small_net()
+    statistics, weight = model[1].running_var.clone(), model[1].weight.clone()
+    fine_tune(model, digits, replace(SHORT, epochs=1, freeze_norm=True))
+    assert torch.equal(model[1].running_var, statistics)
+    assert not torch.equal(model[1].weight, weight)
+    assert all(module.training == model.training for module in model.modules())
+
+
 def test_no_epochs_change_nothing(digits):
     model = small_net()
     before = bits(model)

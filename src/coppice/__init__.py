@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coppice.saliency import score
     from coppice.torch.apply import apply
     from coppice.torch.capture import capture
+    from coppice.torch.repair import repair
     from coppice.torch.verify import verify
 
 __version__ = "0.1.0"
@@ -34,13 +35,14 @@ _HOMES = {
     "plan": "coppice.allocate",
     "prune": "coppice.loop",
     "remove": "coppice.planning",
+    "repair": "coppice.torch.repair",
     "score": "coppice.saliency",
     "verify": "coppice.torch.verify",
 }
 
 __all__ = [
-    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "plan", "prune", "remove", "score",
-    "verify",
+    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "plan", "prune", "remove", "repair",
+    "score", "verify",
 ]  # fmt: skip
 
 

@@ -133,6 +133,9 @@ def prune(
     label_smoothing: Annotated[float | None, typer.Option("--label-smoothing", help="[0]")] = None,
     distill: Annotated[float | None, typer.Option("--distill", help="weight of the dense model's predictions, 0: off [0.9]")] = None,
     precision: Annotated[Text, typer.Option("--precision", help="auto, fp32 or bf16 [auto]")] = None,
+    freeze_norm: Annotated[
+        bool | None, typer.Option("--freeze-norm/--train-norm", help="BatchNorm keeps its statistics while fine-tuning [train]")
+    ] = None,
     augment: Annotated[Text, typer.Option("--augment", help="light, crop or none [light]")] = None,
     seed: Seed = None,
     threads: Threads = None,
@@ -262,6 +265,7 @@ def demo(
 
 _PREPROCESS, _RECIPE = ("size", "resize", "mean", "std"), (
     "epochs", "optimizer", "lr", "weight_decay", "batch_size", "schedule", "warmup", "label_smoothing", "distill", "precision", "augment",
+    "freeze_norm",
 )  # fmt: skip
 
 

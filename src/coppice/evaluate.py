@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from coppice.data import Batches, batches, sample_batches
 from coppice.errors import CoppiceError
-from coppice.forward import device_of, forward, inference_layout, training_mode, weights_in
+from coppice.forward import device_of, forward, inference_layout, norms_with_statistics, training_mode, weights_in
 from coppice.preprocess import Preprocess
+from coppice.seeding import generator
 
 Progress = Callable[[int, int | None], None]  # (done, total if it is known)
 
@@ -47,16 +47,18 @@ def evaluate(
 
     `dataset` is indexed (uint8 CHW, label) if there is a `preprocess`, otherwise an iterable of (model input, labels) batches.
     `batch_size` (of a dataset) changes nothing but the speed; by default as many images as a processor's caches like.
-    `limit` takes that many images, evenly spread over a dataset (whose images are often sorted by class), or the first of an iterable.
+    `limit` takes that many images, always the same, drawn from all of a dataset (a fixed stride would favour classes where labels repeat
+    in a cycle), or the first of an iterable.
     `progress` is told the images done and in all (None if that is unknown).
     Raises CoppiceError if there are no images, a label is none of the model's outputs, or the loss is not finite.
     """
     device = device_of(model)
-    order, total = None, limit
+    order: Sequence[int] | None = None
+    total = limit
     if preprocess is not None:
         length = len(dataset)  # type: ignore[arg-type]  # map-style datasets have a length; their base class does not declare it
         total = length if limit is None else min(limit, length)
-        order = [index * length // total for index in range(total)]
+        order = range(length) if total == length else sorted(generator(0, "limit").permutation(length)[:total].tolist())
         if batch_size is None and total:
             batch_size = comfortable_batch(dataset[0][0].shape)  # type: ignore[index]
     tally = _Tally()
@@ -149,7 +151,7 @@ def reestimate_batchnorm(
     (a cumulative average), only BatchNorm runs in training mode, and the images are drawn by `seed`.
     Raises CoppiceError if there are fewer than two images.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = norms_with_statistics(model)
     if not norms:
         return
     if preprocess is not None:

@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from coppice.errors import CoppiceError
 from coppice.recipe import PRECISIONS
@@ -41,6 +42,11 @@ def forward(model: nn.Module, x: Tensor, precision: str = "fp32", layout: torch.
     x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return logits(model(x)).float()
+
+
+def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """Every BatchNorm of the model that keeps running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Recipe:
     augment: str = "light"  # "light": crop and mirror; "crop": where left and right matter; "none"
     crop_pad: int | None = None  # pixels of shift; None: an eighth of a small image, a rescaled crop of a large one
     grad_clip: float | None = None  # largest norm of the gradient
+    freeze_norm: bool = False  # BatchNorm keeps its statistics and uses them: for small batches, and for what was just repaired
 
     def __post_init__(self) -> None:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
-from coppice.forward import logits, training_mode
+from coppice.forward import logits, norms_with_statistics, training_mode
 from coppice.planning import Plan
 from coppice.torch.elimination import HELD_OUT, divergence
 from coppice.torch.repair import repair
@@ -51,7 +50,7 @@ def recover(
 
     `plan` made `pruned` from `dense`, whose coupling is given; `batches` are model inputs; `reestimate` re-estimates BatchNorm in place.
     """
-    has_norms = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in pruned.modules())
+    has_norms = bool(norms_with_statistics(pruned))
     candidates = {"as cut": pruned}
     if has_norms:
         candidates["BatchNorm re-estimated"] = _after(reestimate, pruned)
@@ -84,11 +83,10 @@ def _after(edit: Callable[[nn.Module], None], model: nn.Module) -> nn.Module:
 def _halfway(left: nn.Module, right: nn.Module) -> nn.Module:
     """A copy of `left` with BatchNorm statistics halfway to those of `right`."""
     between = copy.deepcopy(left)
-    for ours, theirs in zip(between.modules(), right.modules(), strict=True):
-        if isinstance(ours, _BatchNorm) and isinstance(theirs, _BatchNorm) and ours.running_mean is not None:
-            for mine, other in ((ours.running_mean, theirs.running_mean), (ours.running_var, theirs.running_var)):
-                if mine is not None and other is not None:
-                    mine.lerp_(other, 0.5)
+    for ours, theirs in zip(norms_with_statistics(between), norms_with_statistics(right), strict=True):
+        for mine, other in ((ours.running_mean, theirs.running_mean), (ours.running_var, theirs.running_var)):
+            if mine is not None and other is not None:
+                mine.lerp_(other, 0.5)
     return between
 
 

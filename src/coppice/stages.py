@@ -156,7 +156,7 @@ def _tell(bench: Workbench, name: str, recovery: Recovery) -> None:
 
 
 def tune(bench: Workbench, name: str, before: Snapshot, epochs: int) -> Snapshot:
-    """Fine-tune for some epochs, by the recipe or with the user's own function."""
+    """Fine-tune for some epochs, by the recipe or with the user's own function. What training makes worse on validation is not taken."""
     if epochs == 0:
         return before
     precision = _precision(bench)
@@ -179,10 +179,13 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int) -> Snapshot
                 fine_tune(
                     model, bench.data, recipe, teacher=teacher, seed=config.seed, checkpoint=checkpoint, progress=advance, on_epoch=told
                 )
-        state = bench.run.save_state(name, model.state_dict())
-        checkpoint.unlink(missing_ok=True)
         val = _validate(bench, model, name)
-        return asdict(replace(before, stage=name, state=state, val=val, epochs=epochs))
+        worse = float(val["top1"]) < before.top1
+        if worse:
+            bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
+        state = before.state if worse else bench.run.save_state(name, model.state_dict())
+        checkpoint.unlink(missing_ok=True)
+        return asdict(replace(before, stage=name, state=state, val=before.val if worse else val, epochs=epochs))
 
     return Snapshot(**bench.run.stage(name, work))
 

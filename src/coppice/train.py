@@ -20,7 +20,7 @@ from coppice.checkpoint import load_facts, load_state, save_checkpoint
 from coppice.data import ImageData, Loaders, batches, raw_batches, sample_batches
 from coppice.errors import CoppiceError
 from coppice.evaluate import evaluate
-from coppice.forward import device_of, forward, pick_precision, training_layout, training_mode, weights_in
+from coppice.forward import device_of, forward, norms_with_statistics, pick_precision, training_layout, training_mode, weights_in
 from coppice.recipe import Recipe
 from coppice.seeding import generator, seeded
 
@@ -86,6 +86,12 @@ def fine_tune(
     return history
 
 
+def freeze_norms(model: nn.Module) -> None:
+    """Put every BatchNorm that has running statistics in evaluation mode: it uses them and leaves them alone. Its weights still train."""
+    for norm in norms_with_statistics(model):
+        norm.training = False
+
+
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Nesterov SGD or AdamW at the recipe's peak rate; biases and normalisation parameters (all vectors) are not decayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -123,6 +129,8 @@ class _Run:
         lr = 0.0
         with seeded(self.seed, "epoch", epoch, device=device):
             with training_mode(self.model, True):
+                if self.recipe.freeze_norm:
+                    freeze_norms(self.model)
                 for index, (x, y) in enumerate(_train_batches(self.data, self.recipe, self.seed, epoch, device)):
                     done = (epoch - 1) * self.steps + index
                     lr = self.recipe.lr_at(done, total)
