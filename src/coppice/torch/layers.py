@@ -19,6 +19,9 @@ from coppice.torch.aten import Ref, base_name
 from coppice.torch.program import Program
 
 
+CONVOLUTIONS = ("conv", "pointwise_conv")  # rules
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """The BatchNorm right after a layer, by the names of its tensors; ``output`` is its result."""
@@ -152,7 +155,7 @@ def _norm(op: Op, values: Sequence[Value]) -> Norm | None:
 
 
 def _layer(index: int, op: Op, values: Sequence[Value], made: dict[int, Op]) -> Layer | None:
-    if op.rule not in ("conv", "mm") or op.inputs[0] is None or op.inputs[1] is None:
+    if op.rule not in (*CONVOLUTIONS, "mm") or op.inputs[0] is None or op.inputs[1] is None:
         return None
     bias = _parameter(op.inputs[2] if len(op.inputs) > 2 else None, values)
     has_bias = len(op.inputs) > 2 and op.inputs[2] is not None
