@@ -18,7 +18,6 @@ from coppice.graph import Kind, Op, Value
 from coppice.torch.aten import Ref, base_name
 from coppice.torch.program import Program
 
-
 CONVOLUTIONS = ("conv", "pointwise_conv")  # rules
 
 
