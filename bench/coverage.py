@@ -75,11 +75,12 @@ def example_inputs(lib: str, name: str, size: tuple[int, int], batch: int) -> tu
     return (torch.randn(batch, 3, *size),)
 
 
-def training_inputs(lib: str, name: str, size: tuple[int, int]) -> tuple[Any, ...]:
-    """Two samples (BatchNorm over a single value refuses to train), and for detectors the targets too."""
+def training_inputs(lib: str, name: str, size: tuple[int, int], model: Any) -> tuple[Any, ...]:
+    """Two samples where there is a BatchNorm (over a single value it refuses to train), and for detectors the targets too."""
     import torch
 
-    inputs = example_inputs(lib, name, size, 2)
+    norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    inputs = example_inputs(lib, name, size, 2 if norms or (lib == "torchvision" and family(name) == "detection") else 1)
     if lib != "torchvision" or family(name) != "detection":
         return inputs
     height, width = size
@@ -264,7 +265,7 @@ def prune_one(line: str, onnx: bool, quick: bool = False) -> Row:
         for check, work in (
             ("train_eval", lambda: check_train_eval(pruned, inputs)),
             ("saved_loaded", lambda: check_saved(model, pruned, plan, inputs)),
-            ("train_step", lambda: check_training(model, pruned, training_inputs(lib, name, size))),
+            ("train_step", lambda: check_training(model, pruned, training_inputs(lib, name, size, model))),
             *((("onnx", lambda: check_onnx(model, pruned, inputs)),) if onnx else ()),
         ):
             fault = stage(check, work)

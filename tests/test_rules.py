@@ -49,6 +49,13 @@ CASES = [
     Case("weight norm, last dim", "weight_norm", ((6, 4, 3), (1, 1, 3)), lambda t, _: aten._weight_norm_interface(*t, 2)[0], mixed=True),
     Case("lstm", "lstm", ((3, 2, 6), (16, 6), (16, 4), (16,), (16,), (2, 4), (2, 4)), lambda t, _: lstm_layer(*t), mixed=True),
     Case("batch norm", "batch_norm", ((2, 6, 3), (6,), (6,), (6,), (6,)), lambda t, _: F.batch_norm(*t)),
+    Case(
+        "norm by the batch",
+        "batch_statistics",
+        ((2, 6, 3), (6,), (6,)),
+        lambda t, _: F.batch_norm(t[0], None, None, t[1], t[2], training=True),
+        mixed=True,
+    ),
     Case("layer norm", "layer_norm", ((2, 3, 6), (6,), (6,)), lambda t, _: F.layer_norm(t[0], t[1].shape, *t[1:]), mixed=True),
     Case(
         "layer norm, two dims", "layer_norm", ((2, 4, 6), (4, 6), (4, 6)), lambda t, _: F.layer_norm(t[0], t[1].shape, *t[1:]), mixed=True

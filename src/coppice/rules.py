@@ -32,6 +32,13 @@ def _layer_norm(attrs: dict[str, Any]) -> str:
     return f"... {' '.join(f'{c}!' for c in letters)}, {weight}, {weight} -> ... {weight}"
 
 
+def _batch_statistics(attrs: dict[str, Any]) -> str:
+    """Normalised by the mean and variance of what comes in: over everything but the channels, as a standardised weight is."""
+    rest = [f"d{k}" for k in range(attrs["rank"] - 2)]
+    mixed = " ".join(f"{d}!" for d in rest)
+    return f"n! c {mixed}, c, c, c, c -> n c {' '.join(rest)}, c, c"
+
+
 def _attention(attrs: dict[str, Any]) -> str:
     """With no scale given, the op scales by the head dim's width itself: it mixes it."""
     depth = "d" if attrs.get("scaled") else "d!"
@@ -57,6 +64,7 @@ LINES: dict[str, Rule] = {
     "weight_norm": Rule(_weight_norm),
     "lstm": Rule("t! n i, (q h!) i, (q h) h, (q h), (q h), n h, n h -> t n h, n h, n h", macs=("t n q h i", "t n q h h")),
     "batch_norm": Rule("n c ..., c, c, c, c -> n c ..."),
+    "batch_statistics": Rule(_batch_statistics),
     "layer_norm": Rule(_layer_norm),
     "group_norm": Rule("n (g c!) ~..., (g c), (g c) -> n (g c) ~..., n g, n g"),
     "attention": Rule(_attention, macs=("... q k d", "... q k v")),

@@ -153,3 +153,19 @@ def test_a_number_of_the_code_made_into_a_tensor_follows_the_width() -> None:
     for seed in range(3):
         plan = random_plan(coupling, seed)
         coppice.verify(model, coppice.apply(model, plan), coupling, plan)
+
+
+def test_a_standardised_weight_mixes_its_inputs() -> None:
+    """Norm-free networks standardise a weight by running it through ``batch_norm``: over the channels that it reads."""
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            flat = self.weight.reshape(1, self.out_channels, -1)
+            return F.conv2d(x, F.batch_norm(flat, None, None, training=True).reshape_as(self.weight), self.bias)
+
+    model = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    coupling = coppice.couple(coppice.capture(model, torch.randn(1, 3, 8, 8)))
+    assert [a.width for a in coupling.prunable] == [8, 6]
+    for seed in range(3):
+        plan = random_plan(coupling, seed)
+        coppice.verify(model, coppice.apply(model, plan), coupling, plan)

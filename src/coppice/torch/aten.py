@@ -242,7 +242,10 @@ def _lstm(c: Call) -> Translation:
 
 
 def _batch_norm(c: Call) -> Translation:
-    return "batch_norm", [c["input"], c["weight"], c["bias"], c.args.get("running_mean"), c.args.get("running_var")], {}
+    operands = [c["input"], c["weight"], c["bias"], c.args.get("running_mean"), c.args.get("running_var")]
+    if c.args.get("training", False):
+        return "batch_statistics", operands, {"rank": len(c.x.shape)}
+    return "batch_norm", operands, {}
 
 
 LSTM_MODE = 2  # of cuDNN's numbering
