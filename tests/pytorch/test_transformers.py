@@ -73,6 +73,18 @@ def dinov2(gated: bool = False) -> nn.Module:
     return hf.Dinov2ForImageClassification(config)
 
 
+def beit() -> nn.Module:
+    config = hf.BeitConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8, num_labels=10,
+        use_relative_position_bias=True,
+    )  # fmt: skip
+    return hf.BeitForImageClassification(config)
+
+
+def focalnet() -> nn.Module:
+    return hf.FocalNetForImageClassification(hf.FocalNetConfig(image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_labels=10))
+
+
 ATTENTION = {"q_proj.weight:0": 2, "v_proj.weight:0": 2, "fc1.weight:0": 1}  # heads and a head dim, and the hidden width behind them
 MODELS = {
     "vit": Given(vit, 32, {"cls_token:2": 1, **ATTENTION}),
@@ -92,6 +104,17 @@ MODELS = {
         64,
         {"encoder_attn.q_proj.weight:0": 2, "layer.0.convolution.weight:0": 1, "bbox_predictor.layers.0.weight:0": 1, **ATTENTION},
         frozenset({"model input", "model output", "sliced with a step"}),
+    ),
+    "beit": Given(
+        beit,
+        32,
+        {"cls_token:2": 1, "relative_position_bias_table:1": 1, **ATTENTION},
+        frozenset({"model input", "model output", "picked from by an index tensor"}),
+    ),
+    "focalnet": Given(  # split((c, c, levels)): the stream and two pieces in proportion
+        focalnet,
+        64,
+        {"embeddings.projection.weight:0": 1, "modulation.projection_in.weight:1": 1, "mlp.fc1.weight:0": 1},
     ),
     "convnext": Given(convnext, 64, {"patch_embeddings.weight:0": 1, "pwconv1.weight:0": 1}),
     "dinov2": Given(dinov2, 28, {"cls_token:2": 1, **ATTENTION}, frozenset({"model input", "model output", UNREAD})),
