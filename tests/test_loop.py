@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import coppice
 from coppice.cli import run as command
 from coppice.config import RunConfig, load_config
 from coppice.cost import Cost
+from coppice.criteria import TRIED
 from coppice.data import ImageData, load_data
 from coppice.demo import DigitsNet, demo_config, train_dense
 from coppice.errors import CoppiceError
@@ -208,3 +210,31 @@ def test_a_run_is_repeated_from_its_configuration(config: RunConfig, tmp_path: P
         coppice.load(first)
     assert same_bits(coppice.load(again).state_dict(), weights)
     assert command(arguments) == 2, "a damaged run is not passed off as finished"
+
+
+def test_auto_keeps_the_criterion_that_is_nearest_to_the_dense_model(model: nn.Module, digits: ImageData) -> None:
+    class Heard(Silent):
+        lines: ClassVar[list[str]] = []
+
+        def say(self, message: str) -> None:
+            self.lines.append(message)
+
+    settings = {"recipe": Recipe(epochs=0), "threads": 1, "calibration": 256}
+    result = coppice.prune(model, digits, "macs=0.4", criterion="auto", progress=Heard(), **settings)
+    distance = {line.split()[3].rstrip(":"): float(line.split(" -> ")[1].split()[0]) for line in Heard.lines if line.startswith("cut 1 by")}
+    assert set(distance) == set(TRIED)
+    (chosen,) = [line.split()[2] for line in Heard.lines if line.endswith("it is")]
+    assert distance[chosen] == min(distance.values())
+    assert result.plan == coppice.prune(model, digits, "macs=0.4", criterion=chosen, **settings).plan
+    bare = coppice.prune(model, digits, "macs=0.4", criterion=chosen, repair=False, **settings)
+    assert bare.metrics["pruned"]["val"]["loss"] > result.metrics["pruned"]["val"]["loss"]
+
+
+def test_training_that_makes_it_worse_is_not_taken(model: nn.Module, digits: ImageData) -> None:
+    def spoil(net: nn.Module, epochs: int) -> None:
+        for parameter in net.parameters():
+            nn.init.normal_(parameter)
+
+    kept = coppice.prune(model, digits, "macs=0.6", recipe=Recipe(epochs=0), threads=1)
+    result = coppice.prune(model, digits, "macs=0.6", train=spoil, recipe=Recipe(epochs=1), threads=1)
+    assert same_bits(result.model.state_dict(), kept.model.state_dict())

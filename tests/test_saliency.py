@@ -7,8 +7,9 @@ from torch import nn
 
 import coppice
 from coppice.coupling import Coupling
+from coppice.criteria import CRITERIA, Unit
 from coppice.errors import CoppiceError
-from coppice.saliency import CRITERIA, Scores
+from coppice.saliency import Scores
 
 
 def small() -> nn.Sequential:
@@ -51,7 +52,7 @@ def test_gradients_are_averaged_over_batches(criterion: str) -> None:
         parameters = hidden_parameters(model)
         elements = [p.grad.abs() if criterion == "gradient" else (p * p.grad).square() for p in parameters if p.grad is not None]
         want += by_hand(model, elements) / len(batches)
-    if CRITERIA[criterion].per_axis:
+    if CRITERIA[criterion].unit is Unit.AXIS:
         want /= want.mean()
     np.testing.assert_allclose(scores[coupling.prunable[0].id], want, rtol=1e-4)
 
@@ -92,3 +93,130 @@ def test_weights_that_are_not_finite_are_named() -> None:
         model[0].weight[0, 0] = torch.inf
     with pytest.raises(CoppiceError, match=r"l1 scores of 0\.weight:0 are not finite"):
         scored(model, "l1")
+
+
+# --- the other criteria, by hand ------------------------------------------------------------------------------------
+
+
+def hidden_scores(model: nn.Module, criterion: str, batches: object = None) -> np.ndarray:
+    coupling, scores = scored(model, criterion, batches=batches)
+    return scores[coupling.prunable[0].id]
+
+
+def images() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(3)
+    return [(torch.randn(6, 3), torch.randint(0, 2, (6,))) for _ in range(3)]
+
+
+def test_fisher_and_snip_are_products_with_the_gradient() -> None:
+    model, (x, y) = small(), images()[0]
+    batches = [(x[k : k + 1], y[k : k + 1]) for k in range(6)]
+    for criterion, element in (("fisher", lambda p: (p * p.grad).square() / 2), ("snip", lambda p: (p * p.grad).abs())):
+        want = np.zeros(4)
+        for a, b in batches:
+            model.zero_grad()
+            nn.functional.cross_entropy(model(a), b).backward()
+            want += by_hand(model, [element(p) for p in hidden_parameters(model)]) / 6
+        want = want / want.mean() if CRITERIA[criterion].unit is Unit.AXIS else want
+        np.testing.assert_allclose(hidden_scores(model, criterion, batches), want, rtol=1e-4)
+
+
+def test_the_gate_of_an_index_is_the_square_of_the_sum() -> None:
+    model = small()
+    want = np.zeros(4)
+    for x, y in images():
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        want += np.square(by_hand(model, [p * p.grad for p in hidden_parameters(model) if p.grad is not None]))
+    np.testing.assert_allclose(hidden_scores(model, "taylor-gate", images()), want, rtol=1e-4)
+
+
+def test_lamp_divides_by_the_norms_that_are_not_smaller() -> None:
+    model = small()
+    norms = by_hand(model, [p.square() for p in hidden_parameters(model)])
+    want = [n / norms[norms >= n].sum() for n in norms]
+    np.testing.assert_allclose(hidden_scores(model, "lamp"), want, rtol=1e-5)
+    assert hidden_scores(model, "lamp").max() == pytest.approx(1.0)
+
+
+def test_fpgm_sums_distances_to_the_other_filters() -> None:
+    model = small()
+    first, second = model[0].weight.detach(), model[2].weight.detach().T  # type: ignore[operator]
+    want = (torch.cdist(first, first).sum(1) + torch.cdist(second, second).sum(1)).numpy()
+    np.testing.assert_allclose(hidden_scores(model, "fpgm"), want / want.mean(), rtol=1e-3)
+
+
+def test_bn_scale_looks_at_gamma_alone_and_at_weights_where_there_is_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    model[1].weight.data = torch.tensor([0.5, -2.0, 0.1, 1.0])
+    coupling, scores = scored(model, "bn-scale")
+    normed = next(a for a in coupling.prunable if ("1.weight", 0) in a.sites)
+    plain = next(a for a in coupling.prunable if ("3.weight", 0) in a.sites)
+    np.testing.assert_allclose(scores[normed.id], np.array([0.5, 2.0, 0.1, 1.0]) / 0.9, rtol=1e-5)
+    assert len(set(scores[plain.id].tolist())) == 5
+
+
+def test_synflow_is_the_flow_through_the_magnitudes() -> None:
+    model = small()
+    first, second = model[0].weight.detach().abs(), model[2].weight.detach().abs()
+    inward, outward = first.sum(1) + model[0].bias.detach().abs(), second.sum(0)
+    want = (2 * (inward * outward)).numpy()  # once for its row with the bias, once for its column
+    np.testing.assert_allclose(hidden_scores(model, "synflow"), want / want.mean(), rtol=1e-5)
+
+
+def test_activation_statistics_of_what_the_reader_reads() -> None:
+    model, batches = small(), images()
+    hidden = [torch.relu(model[0](x)).detach() for x, _ in batches]
+    weight = model[2].weight.detach().abs().sum(0)
+    want = {
+        "activation": torch.stack([h.abs().mean(0) for h in hidden]).mean(0),
+        "apoz": torch.stack([(h != 0).double().mean(0) for h in hidden]).mean(0),
+        "wanda": torch.stack([h.square().mean(0).sqrt() * weight for h in hidden]).mean(0),
+    }
+    for criterion, value in want.items():
+        np.testing.assert_allclose(hidden_scores(model, criterion, batches), (value / value.mean()).numpy(), rtol=1e-4)
+
+
+def test_independence_is_low_where_the_others_explain_a_channel_and_rank_is_that_of_the_maps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1), nn.Flatten(2)).eval()
+    model[0].weight.data[4] = model[0].weight.data[1] + model[0].weight.data[2]
+    coupling = coppice.couple(coppice.capture(model, torch.randn(1, 3, 6, 6)))
+    batches = [(torch.randn(8, 3, 6, 6), torch.zeros(8, dtype=torch.long))]
+    (axis,) = coupling.prunable
+    independent = coppice.score(model, coupling, "independence", batches)[axis.id]
+    assert set(np.argsort(independent)[:3]) == {1, 2, 4} or independent[4] < np.median(independent)
+    one = torch.zeros(8, 3, 6, 6)
+    one[:, :, 2, 3] = 1.0  # maps of rank one
+    model[0].bias.data.zero_()
+    np.testing.assert_allclose(coppice.score(model, coupling, "rank", [(one, batches[0][1])])[axis.id], 1.0)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_scores_a_network_with_norms_groups_and_a_shortcut(criterion: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.deep, self.back = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(16, 8, 1)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.bn(self.stem(x)))
+            x = x + self.back(torch.cat([x, self.deep(x)], 1))
+            scores: torch.Tensor = self.head(x.mean((2, 3)))
+            return scores
+
+    torch.manual_seed(0)
+    model = Net().eval()
+    nn.init.uniform_(model.bn.weight, 0.5, 1.5)
+    coupling = coppice.couple(coppice.capture(model, torch.randn(1, 3, 8, 8)))
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))) for _ in range(4)]
+    scores = coppice.score(model, coupling, criterion, batches)
+    for axis in coupling.prunable:
+        assert scores[axis.id].shape == (axis.width,)
+        assert np.isfinite(scores[axis.id]).all()
+        assert scores[axis.id].std() > 0 or criterion in ("rank", "apoz")
+    plan = coppice.plan(coupling, scores, {"macs": 0.6 * coupling.cost().macs}, round_to=1, min_width=1)
+    coppice.verify(model, coppice.apply(model, plan), coupling, plan)

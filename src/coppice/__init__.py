@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coppice.allocate import plan
     from coppice.coupling import couple
+    from coppice.criteria import score
     from coppice.errors import CoppiceError, VerificationError
     from coppice.loop import Result, prune
     from coppice.planning import Plan, remove
     from coppice.run import load
-    from coppice.saliency import score
     from coppice.torch.apply import apply
     from coppice.torch.capture import capture
     from coppice.torch.repair import repair
@@ -36,7 +36,7 @@ _HOMES = {
     "prune": "coppice.loop",
     "remove": "coppice.planning",
     "repair": "coppice.torch.repair",
-    "score": "coppice.saliency",
+    "score": "coppice.criteria",
     "verify": "coppice.torch.verify",
 }
 

@@ -114,7 +114,9 @@ def prune(
     num_classes: NumClasses = None,
     split: Split = None,
     val_fraction: ValFraction = None,
-    criterion: Annotated[Text, typer.Option("--criterion", help="obs, taylor, gradient, l1, l2 or random [obs]")] = None,
+    criterion: Annotated[
+        Text, typer.Option("--criterion", help="obs, taylor, fisher, l1, ..., random, or auto (tries several) [obs]")
+    ] = None,
     allocation: Annotated[Text, typer.Option("--allocation", help="global or uniform [global]")] = None,
     round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this [8]")] = None,
     min_width: Annotated[int | None, typer.Option("--min-width", help="no axis gets narrower [8]")] = None,

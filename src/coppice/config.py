@@ -18,9 +18,9 @@ from typing import Any
 
 import coppice
 from coppice.allocate import ALLOCATIONS
+from coppice.criteria import AUTO, CRITERIA
 from coppice.errors import CoppiceError
 from coppice.preprocess import Preprocess
-from coppice.saliency import CRITERIA
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
 
@@ -91,7 +91,7 @@ def _check(config: RunConfig) -> None:
     bounds: list[tuple[bool, str]] = [
         (0 < config.val_fraction < 1, f"--val-fraction {config.val_fraction}: it lies between 0 and 1"),
         (config.max_drop is None or config.max_drop >= 0, f"--max-drop {config.max_drop}: give points of top-1, 0 or more"),
-        (config.criterion in CRITERIA, f"--criterion {config.criterion}: choose one of {', '.join(CRITERIA)}"),
+        (config.criterion in (*CRITERIA, AUTO), f"--criterion {config.criterion}: choose one of {', '.join((*CRITERIA, AUTO))}"),
         (config.allocation in ALLOCATIONS, f"--allocation {config.allocation}: choose one of {', '.join(ALLOCATIONS)}"),
         (all(size > 0 for size in config.input), f"--input {config.input}: every size must be 1 or more"),
         (config.num_classes >= 0, f"--num-classes {config.num_classes}: it must be 1 or more"),

@@ -22,6 +22,7 @@ from coppice.allocate import smallest
 from coppice.config import RunConfig
 from coppice.cost import Cost
 from coppice.coupling import couple
+from coppice.criteria import score
 from coppice.data import ImageData, Loaders, check_classes, load_data
 from coppice.errors import CoppiceError
 from coppice.finish import finish
@@ -32,7 +33,6 @@ from coppice.planning import Plan
 from coppice.progress import Progress, Silent
 from coppice.report import check_renderer
 from coppice.run import METRICS, PLAN, Json, Run, check_manifest, check_out, create_run, load, read_json, resume_run
-from coppice.saliency import score
 from coppice.seeding import seeded
 from coppice.stages import (
     Data,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from coppice.allocate import plan as make_plan
 from coppice.cost import Cost
 from coppice.coupling import Coupling, couple
+from coppice.criteria import AUTO, CRITERIA, TRIED, score
 from coppice.data import ImageData, Loaders, batches, sample_batches
 from coppice.errors import CoppiceError
 from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
@@ -25,11 +26,10 @@ from coppice.planning import Plan, compose
 from coppice.progress import Progress
 from coppice.recovery import Recovery, recover
 from coppice.run import Json, Run
-from coppice.saliency import CRITERIA, score
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
 from coppice.torch.program import of_one_shape
-from coppice.torch.verify import verify
+from coppice.torch.verify import Verification, verify
 from coppice.train import EpochResult, fine_tune, pick_precision
 
 REPAIRED_AT_ONCE = 32  # images in step: few enough for large maps to fit in memory, many enough for small ones to keep a core busy
@@ -101,25 +101,13 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
     """Score, plan, apply, verify, repair: a smaller model within `budgets`."""
 
     def work() -> Json:
-        config = bench.run.config
         model = materialise(bench, before)
         coupling = couple(capture(model, (example_input(bench.data),))) if before.plan else bench.coupling
-        with bench.progress.bar(f"{name}: scoring by {config.criterion}"):
-            images = _calibration(bench, CRITERIA[config.criterion].batch or 1)
-            scores = score(model, coupling, config.criterion, images, F.cross_entropy, config.seed)
-        step = make_plan(
-            coupling, scores, dict(budgets), allocation=config.allocation, round_to=config.round_to, min_width=config.min_width
-        )
-        with bench.progress.bar(f"{name}: building and verifying"):
-            pruned = apply(model, step)
-            verification = verify(model, pruned, coupling, step)
-        with bench.progress.bar(f"{name}: repairing"):
-            pruned, recovery = _repaired(bench, model, pruned, coupling, step)
-        _tell(bench, name, recovery)
-        whole = compose(Plan.from_json(before.plan), step) if before.plan else step
+        chosen = _best_cut(bench, name, model, coupling, budgets)
+        whole = compose(Plan.from_json(before.plan), chosen.plan) if before.plan else chosen.plan
         cost = bench.coupling.cost(kept_widths(bench.coupling, whole))
-        state = bench.run.save_state(name, pruned.state_dict())
-        val = _validate(bench, pruned, name)
+        state = bench.run.save_state(name, chosen.model.state_dict())
+        val = _validate(bench, chosen.model, name)
         return asdict(
             Snapshot(
                 name,
@@ -127,13 +115,59 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
                 state,
                 asdict(cost),
                 val,
-                checks=[*before.checks, *(f"{name}: {line}" for line in verification.checked)],
-                max_error=max(before.max_error, verification.max_error),
-                recovery=asdict(recovery),
+                checks=[*before.checks, *(f"{name}: {line}" for line in chosen.verification.checked)],
+                max_error=max(before.max_error, chosen.verification.max_error),
+                recovery=asdict(chosen.recovery) | {"criterion": chosen.criterion},
             )
         )
 
     return Snapshot(**bench.run.stage(name, work))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A verified and repaired cut by one criterion; `loss` is its distance from the dense outputs on held-out calibration images."""
+
+    criterion: str
+    plan: Plan
+    model: nn.Module
+    verification: Verification
+    recovery: Recovery
+
+    @property
+    def loss(self) -> float:
+        return dict(self.recovery.tried)[self.recovery.kept]
+
+
+def _best_cut(bench: Workbench, name: str, model: nn.Module, coupling: Coupling, budgets: Mapping[str, float]) -> _Cut:
+    """The cut by the criterion that was asked for; with "auto" that of several whose repaired model is nearest to the dense one."""
+    asked = bench.run.config.criterion
+    cuts = []
+    for criterion in TRIED if asked == AUTO else (asked,):
+        cuts.append(_cut_by(bench, name, criterion, model, coupling, budgets))
+        said = cuts[-1].recovery
+        change = f"{dict(said.tried)['as cut']:.3f} -> {cuts[-1].loss:.3f}"
+        bench.progress.say(f"{name} by {criterion}: {said.kept}: distance from the dense outputs {change} (held out)")
+        if said.refused:
+            bench.progress.say(f"{name}: layers were not refitted: {said.refused}")
+    best = min(cuts, key=lambda cut: cut.loss)
+    if asked == AUTO:
+        bench.progress.say(f"{name}: {best.criterion} it is")
+    return best
+
+
+def _cut_by(bench: Workbench, name: str, criterion: str, model: nn.Module, coupling: Coupling, budgets: Mapping[str, float]) -> _Cut:
+    config = bench.run.config
+    with bench.progress.bar(f"{name}: scoring by {criterion}"):
+        images = _calibration(bench, CRITERIA[criterion].batch or 1)
+        scores = score(model, coupling, criterion, images, F.cross_entropy, config.seed)
+    step = make_plan(coupling, scores, dict(budgets), allocation=config.allocation, round_to=config.round_to, min_width=config.min_width)
+    with bench.progress.bar(f"{name}: building and verifying"):
+        pruned = apply(model, step)
+        verification = verify(model, pruned, coupling, step)
+    with bench.progress.bar(f"{name}: repairing"):
+        repaired, recovery = _repaired(bench, model, pruned, coupling, step)
+    return _Cut(criterion, step, repaired, verification, recovery)
 
 
 def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: Coupling, step: Plan) -> tuple[nn.Module, Recovery]:
@@ -144,15 +178,6 @@ def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: C
 
     images = of_one_shape(x for x, _ in _calibration(bench, REPAIRED_AT_ONCE))
     return recover(model, pruned, coupling, step, images, reestimate, refit=config.repair, seed=config.seed)
-
-
-def _tell(bench: Workbench, name: str, recovery: Recovery) -> None:
-    losses = dict(recovery.tried)
-    bench.progress.say(
-        f"{name}: {recovery.kept}: distance from the dense outputs {losses['as cut']:.3f} -> {losses[recovery.kept]:.3f} (held out)"
-    )
-    if recovery.refused:
-        bench.progress.say(f"{name}: layers were not refitted: {recovery.refused}")
 
 
 def tune(bench: Workbench, name: str, before: Snapshot, epochs: int) -> Snapshot:

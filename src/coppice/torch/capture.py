@@ -64,13 +64,25 @@ class Origin:
         """Every parameter as a NumPy array."""
         return {name: p.detach().float().cpu().numpy() for name, p in model.named_parameters() if p.is_floating_point()}
 
-    def mean_over_batches(
-        self, model: nn.Module, element: Callable[..., NDArray[Any]], batches: Iterable[Any], loss: Callable[..., Tensor] | None
-    ) -> dict[str, NDArray[Any]]:
-        """``element(weight, gradient)`` of every parameter, averaged over batches."""
-        from coppice.torch.gradients import mean_over_batches
+    def gradients(
+        self, model: nn.Module, batches: Iterable[Any], loss: Callable[..., Tensor] | None
+    ) -> Iterator[dict[str, tuple[NDArray[Any], NDArray[Any]]]]:
+        """For each batch, (weight, gradient) of every parameter that got one."""
+        from coppice.torch.gradients import gradients
 
-        return mean_over_batches(model, element, batches, loss)
+        return gradients(model, batches, loss)
+
+    def synaptic_flow(self, model: nn.Module) -> dict[str, NDArray[Any]]:
+        """SynFlow's saliency of every element, on inputs of ones in the shape of the example's."""
+        from coppice.torch.gradients import synaptic_flow
+
+        return synaptic_flow(model, self.inputs)
+
+    def activation_scores(self, model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], statistic: str) -> dict[int, NDArray[Any]]:
+        """A statistic (``coppice.torch.activations``) of each index of each prunable axis."""
+        from coppice.torch.activations import activation_scores
+
+        return activation_scores(model, coupling, batches, statistic)
 
     def removal_losses(self, model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], seed: int) -> dict[int, NDArray[np.float64]]:
         """The loss that each index of each prunable axis adds when it goes, along the axis's path (``coppice.torch.elimination``)."""

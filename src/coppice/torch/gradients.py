@@ -1,8 +1,9 @@
-"""Element saliency from gradients: one backward pass a calibration batch, in eval mode, nothing kept but running means."""
+"""Gradients for criteria: one backward pass a calibration batch, in eval mode; the model's flags and gradients stay as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,11 @@ from torch import Tensor, nn
 from coppice.errors import CoppiceError
 
 Array = NDArray[Any]
+Pairs = dict[str, tuple[Array, Array]]
 
 
-def mean_over_batches(
-    model: nn.Module, element: Callable[[Array, Array | None], Array], batches: Iterable[Any], loss: Callable[..., Tensor] | None
-) -> dict[str, Array]:
-    """Mean over ``batches`` of ``element(weight, gradient)`` for every parameter; the model's flags and gradients are left as they were.
+def gradients(model: nn.Module, batches: Iterable[Any], loss: Callable[..., Tensor] | None) -> Iterator[Pairs]:
+    """For each of ``batches``, (weight, gradient) of every parameter that got one.
 
     ``loss(outputs, targets)`` is cross-entropy where None. CoppiceError where there is no batch or a loss is not finite.
     """
@@ -26,7 +26,6 @@ def mean_over_batches(
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     frozen = [p for p in parameters.values() if not p.requires_grad]
     flags = [(m, m.training) for m in model.modules()]
-    totals = {name: np.zeros(p.shape, np.float32) for name, p in parameters.items()}
     count = 0
     model.eval()
     try:
@@ -36,10 +35,8 @@ def mean_over_batches(
             value = loss(model(inputs), targets)
             if not torch.isfinite(value):
                 raise CoppiceError(f"the loss on calibration batch {count} is {value.item()}; check the weights and the preprocessing")
-            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            for (name, p), g in zip(parameters.items(), gradients, strict=True):
-                if g is not None:
-                    totals[name] += element(p.detach().float().cpu().numpy(), g.float().cpu().numpy())
+            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            yield {name: (_numpy(p), _numpy(g)) for (name, p), g in zip(parameters.items(), found, strict=True) if g is not None}
             count += 1
     finally:
         for p in frozen:
@@ -48,4 +45,24 @@ def mean_over_batches(
             module.training = training
     if not count:
         raise CoppiceError("there are no calibration batches; give at least one image")
-    return {name: total / count for name, total in totals.items()}
+
+
+def _numpy(tensor: Tensor) -> Array:
+    found: Array = tensor.detach().float().cpu().numpy()
+    return found
+
+
+def synaptic_flow(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Array]:
+    """|w dR/dw| of every parameter, where R sums the outputs of a copy with |w| for w on inputs of ones; in double precision."""
+    copied = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.abs_().requires_grad_(True)
+    ones = tuple(torch.ones_like(x, dtype=torch.float64) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+    total = sum(t.sum() for t in torch.utils._pytree.tree_flatten(copied(*ones))[0] if isinstance(t, Tensor) and t.is_floating_point())
+    named = dict(copied.named_parameters())
+    slopes = torch.autograd.grad(total, list(named.values()), allow_unused=True)  # type: ignore[arg-type]
+    return {
+        name: np.zeros(p.shape) if g is None else np.abs((p * g).detach().numpy())
+        for (name, p), g in zip(named.items(), slopes, strict=True)
+    }
