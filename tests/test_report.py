@@ -27,9 +27,15 @@ METRICS: dict[str, Any] = {
     "statement": "MACs 40 M → 20 M.",
     "verification": {"checks": ["cut 1: shapes as planned", "ONNX Runtime equals PyTorch"], "max_error": 1e-15},
     "history": [
-        {"stage": "dense", "macs": 40_000_000, "params": 270_000, "bytes": 1, "epochs": 0, "val_top1": 91.0, "seconds": 1.0},
-        {"stage": "cut 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 0, "val_top1": 70.0, "seconds": 1.0},
-        {"stage": "tuned 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 3, "val_top1": 89.9, "seconds": 1.0},
+        {"stage": "dense", "macs": 40_000_000, "params": 270_000, "bytes": 1, "epochs": 0, "val_top1": 91.0, "seconds": 1.0, "repair": None},
+        {
+            "stage": "cut 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 0, "val_top1": 70.0, "seconds": 1.0,
+            "repair": {
+                "criterion": "obs", "tried": [["as cut", 9.5], ["layers refitted", 0.644]], "kept": "layers refitted", "refitted": 9,
+                "refused": "<two models out of step>",
+            },
+        },
+        {"stage": "tuned 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 3, "val_top1": 89.9, "seconds": 1.0, "repair": None},
     ],
     "classes": ["aeroplane", "<script>alert(1)</script>", "unseen"],
     "input": [1, 3, 32, 32],
@@ -122,6 +128,9 @@ def test_the_numbers_are_there() -> None:
         "layer1.0.conv1.weight:0",
         "criterion = ",
         "shapes as planned",
+        "<strong>layers refitted</strong>",
+        "0.644",
+        "&lt;two models out of step&gt;",
     ):
         assert text in html, text
     assert "and 3 more" in html
