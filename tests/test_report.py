@@ -27,7 +27,8 @@ METRICS: dict[str, Any] = {
     "statement": "MACs 40 M → 20 M.",
     "verification": {"checks": ["cut 1: shapes as planned", "ONNX Runtime equals PyTorch"], "max_error": 1e-15},
     "history": [
-        {"stage": "dense", "macs": 40_000_000, "params": 270_000, "bytes": 1, "epochs": 0, "val_top1": 91.0, "seconds": 1.0, "repair": None},
+        {"stage": "dense", "macs": 40_000_000, "params": 270_000, "bytes": 1, "epochs": 0, "val_top1": 91.0, "seconds": 1.0,
+         "repair": None},
         {
             "stage": "cut 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 0, "val_top1": 70.0, "seconds": 1.0,
             "repair": {
@@ -35,7 +36,8 @@ METRICS: dict[str, Any] = {
                 "refused": "<two models out of step>",
             },
         },
-        {"stage": "tuned 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 3, "val_top1": 89.9, "seconds": 1.0, "repair": None},
+        {"stage": "tuned 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 3, "val_top1": 89.9, "seconds": 1.0,
+         "repair": None},
     ],
     "classes": ["aeroplane", "<script>alert(1)</script>", "unseen"],
     "input": [1, 3, 32, 32],
