@@ -357,6 +357,18 @@ def base_name(func: Any) -> str:
     return str(func._schema.name.partition("::")[2].removesuffix("_"))
 
 
+@cache
+def _signature(func: Any) -> tuple[tuple[str, Any], ...]:
+    """The arguments' names and defaults (None where there is none)."""
+    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in func._schema.arguments)
+
+
+def by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What ``func`` was called with, by the names of its schema, defaults filled in."""
+    signature, given = _signature(func), len(args)
+    return {name: args[k] if k < given else kwargs.get(name, default) for k, (name, default) in enumerate(signature)}
+
+
 def translate(func: Any, call: Call) -> Translation:
     """What ``call`` of ``func`` is in the vocabulary of the rules."""
     line = TABLE.get(base_name(func))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils._pytree import tree_flatten
 
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op, Value
-from coppice.torch.aten import Call, Ref, is_made_of_others, refs_in, translate
+from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, translate
 from coppice.torch.decisions import Decision, decide, decides
+from coppice.torch.trees import leaves, mapped, mapped_only, tensors_in
 
 # Ops that neither compute nor move anything worth a line in the graph.
 IGNORED = {
@@ -121,7 +122,7 @@ class Recorder(TorchDispatchMode):
         self.ops: list[Op] = []
         self.constants: dict[int, Tensor] = {}
         self.stack: list[str] = [""]
-        self._ids = WeakIdKeyDictionary()
+        self._ids: dict[int, _Known] = {}
         self._keep: list[Tensor] = []
         self._on_op = on_op
         self._decisions = None if decisions is None else list(decisions)[::-1]
@@ -137,11 +138,15 @@ class Recorder(TorchDispatchMode):
     def _new(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Value:
         value = Value(len(self.values), tuple(tensor.shape), kind, tensor.element_size(), names)
         self.values.append(value)
-        self._ids[tensor] = value.id
+        self._ids[id(tensor)] = _Known(tensor, value.id, self._ids)
         return value
 
+    def _id(self, tensor: Tensor) -> int | None:
+        known = self._ids.get(id(tensor))
+        return None if known is None else known.value
+
     def _name(self, tensor: Tensor, kind: Kind, name: str) -> None:
-        known = self._ids.get(tensor)
+        known = self._id(tensor)
         if known is None:
             self._new(tensor, kind, (name,))
         else:
@@ -149,7 +154,7 @@ class Recorder(TorchDispatchMode):
 
     def ref(self, tensor: Tensor) -> Ref:
         """The ref of ``tensor``; one never seen before is a constant that the code made outside any op."""
-        known = self._ids.get(tensor)
+        known = self._id(tensor)
         if known is None:
             known = self._new(tensor, Kind.CONSTANT).id
             self.constants[known] = tensor.detach().clone()
@@ -159,18 +164,24 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        if (
-            name.startswith("prim::") or name in IGNORED or (name == "aten::as_strided_" and tuple(args[1]) == tuple(args[0].shape))
-        ):  # only normalises strides
+        if says_nothing(name, args):
             return func(*args, **kwargs)
         if is_made_of_others(func):
             with self:
                 return func.decompose(*args, **kwargs)
         if self._double:
-            args, kwargs = tree_map_only(torch.dtype, raised, (args, kwargs))
-        ref_args = tree_map_only(Tensor, self.ref, args)
-        ref_kwargs = tree_map_only(Tensor, self.ref, kwargs)
-        from_data = any(r.id in self._from_data for r in refs_in([ref_args, ref_kwargs]))
+            args, kwargs = mapped_only(torch.dtype, raised, (args, kwargs))
+        read: dict[int, None] = {}
+
+        def ref(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            found = self.ref(leaf)
+            read[found.id] = None
+            return found
+
+        ref_args, ref_kwargs = mapped(ref, args), mapped(ref, kwargs)
+        from_data = not self._from_data.isdisjoint(read)
         decision = None
         if from_data and decides(func, args):
             given = self._decisions.pop() if self._decisions else None
@@ -179,14 +190,14 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
         if self._double and name == "aten::lift_fresh":
             result = in_double(result)
+        tensors = tensors_in(result)
         outs = []
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor):
-                known = self._ids.get(tensor)
-                outs.append(Ref(self._new(tensor, Kind.INTERMEDIATE).id if known is None else known, tuple(tensor.shape)))
+        for tensor in tensors:
+            known = self._id(tensor)
+            outs.append(Ref(self._new(tensor, Kind.INTERMEDIATE).id if known is None else known, tuple(tensor.shape)))
         if from_data:
             self._from_data.update(o.id for o in outs)
-        call = Call(_by_name(func, ref_args, ref_kwargs), outs)
+        call = Call(by_name(func, ref_args, ref_kwargs), outs)
         rule, operands, attrs = translate(func, call)
         op = Op(
             rule,
@@ -195,31 +206,35 @@ class Recorder(TorchDispatchMode):
             tuple(o.id for o in outs),
             self.stack[-1],
             attrs,
-            ()
-            if rule in ("fresh", "filled")
-            else tuple({r.id for r in refs_in([ref_args, ref_kwargs])} - {r.id for r in operands if r is not None}),
+            () if rule in ("fresh", "filled") else tuple(read.keys() - {r.id for r in operands if r is not None}),
             Replayable(func, ref_args, ref_kwargs, decision),
         )
         self.ops.append(op)
         if self._on_op is not None:
-            self._on_op(op, [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)])
+            self._on_op(op, tensors)
         return result
 
 
-def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    named: dict[str, Any] = {}
-    for k, argument in enumerate(func._schema.arguments):
-        if k < len(args):
-            named[argument.name] = args[k]
-        elif argument.name in kwargs:
-            named[argument.name] = kwargs[argument.name]
-        else:
-            named[argument.name] = argument.default_value if argument.has_default_value() else None
-    return named
+class _Known(weakref.ref[Tensor]):
+    """The value id of a tensor, in a dict that forgets the tensor when it dies."""
+
+    __slots__ = ("key", "value")
+
+    def __new__(cls, tensor: Tensor, value: int, known: dict[int, _Known]) -> _Known:
+        return super().__new__(cls, tensor, lambda gone: known.pop(gone.key, None))
+
+    def __init__(self, tensor: Tensor, value: int, known: dict[int, _Known]) -> None:
+        super().__init__(tensor)  # type: ignore[call-arg]
+        self.key, self.value = id(tensor), value
+
+
+def says_nothing(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether an op of that name neither computes nor moves anything; ``as_strided_`` to the same shape only normalises strides."""
+    return name in IGNORED or name.startswith("prim::") or (name == "aten::as_strided_" and tuple(args[1]) == tuple(args[0].shape))
 
 
 @contextmanager
-def _tracking_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def tracking_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep the path of the module that is running on top of ``stack``."""
     paths = {id(m): name for name, m in model.named_modules()}
 
@@ -246,8 +261,13 @@ def raised(dtype: torch.dtype) -> torch.dtype:
 
 def in_double(tree: Any) -> Any:
     """Every floating tensor of ``tree`` in float64, every floating dtype as float64."""
-    tree = tree_map_only(Tensor, lambda t: t.detach().double() if t.dtype in LOW else t.detach(), tree)
-    return tree_map_only(torch.dtype, raised, tree)
+
+    def change(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().double() if leaf.dtype in LOW else leaf.detach()
+        return raised(leaf) if isinstance(leaf, torch.dtype) else leaf
+
+    return mapped(change, tree)
 
 
 @contextmanager
@@ -294,7 +314,7 @@ def record(
     with quiet_eval(model, training), default_double() if double else nullcontext():
         recorder = Recorder(model, inputs, on_op, decisions, double)
         try:
-            with _tracking_modules(model, recorder.stack), recorder:
+            with tracking_modules(model, recorder.stack), recorder:
                 return recorder, model(*inputs), None
         except Exception as error:  # user code may raise anything at all; every caller looks at what came back
             return recorder, None, error
@@ -321,7 +341,7 @@ def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
     batch = int(first.shape[0]) if first is not None and first.dim() > 3 else 1
     origin = Origin(model, inputs, recorder.constants)
     graph = Graph(recorder.values, recorder.ops, recorder.input_ids, outputs, batch, origin)
-    read = {r.id for op in recorder.ops for r in refs_in([op.call.args, op.call.kwargs])}
+    read = {r.id for op in recorder.ops for r in leaves(Ref, (op.call.args, op.call.kwargs))}
     if any(v.kind is Kind.PARAMETER and v.id not in read for v in graph.values):
         add_training(graph, model, inputs)
     return graph

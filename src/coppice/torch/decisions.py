@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from coppice.torch.trees import mapped_only
 
 UNTAGGED = {"torchvision::nms"}  # its number of results depends on values, which no tag says
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
@@ -62,4 +63,4 @@ def _picked(indices: Any) -> tuple[Tensor | None, ...]:
 
 
 def _copied(answer: Any) -> Any:
-    return tree_map_only(Tensor, torch.clone, answer)
+    return mapped_only(Tensor, torch.clone, answer)

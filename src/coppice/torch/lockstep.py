@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from coppice.axes import Axis, find
+from coppice.axes import Axis
 from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Op
+from coppice.movement import Dims
 from coppice.torch.aten import base_name
 
 # Whether PyTorch copies depends on strides, so on sizes; a copy changes nothing that is compared here.
@@ -35,41 +37,72 @@ def step(index: int, op: Op, shapes: Sequence[Shape]) -> Step | None:
     name = base_name(op.call.func)
     if name in COPIES:
         return None
-    told = [op.attrs["start"]] if "start" in op.attrs else []
-    told += op.attrs.get("sizes", {}).values()
-    told += [n for pair in op.attrs.get("pads", ()) for n in pair]
-    return Step(index, VIEWS.get(name, name), _compared(op, shapes), tuple(told))
+    return Step(index, VIEWS.get(name, name), _compared(op, shapes), told_sizes(op.attrs))
 
 
-def planned(coupling: Coupling, widths: Mapping[Axis, int], shapes: Sequence[Shape] | None = None) -> list[Step]:
-    """The ops of the dense recording that say something, as they must be at the given widths (``shapes``: of all values, where known)."""
-    shapes = planned_shapes(coupling, widths) if shapes is None else shapes
+def told_sizes(attrs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The sizes that an op is told and that no shape of its results shows."""
+    told = [attrs["start"]] if "start" in attrs else []
+    told += attrs.get("sizes", {}).values()
+    told += [n for pair in attrs.get("pads", ()) for n in pair]
+    return tuple(told)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An op of the dense recording that says something, at any widths: ``at`` is the step that it must be."""
+
+    index: int
+    name: str
+    module: str
+    dims: tuple[Dims, ...]  # of the results that are compared
+    told: tuple[Axis | int, ...]
+
+    def at(self, sizes: Sizes) -> Step:
+        told = tuple(t if isinstance(t, int) else sizes.of(t) for t in self.told)
+        return Step(self.index, self.name, tuple(map(sizes.shape, self.dims)), told)
+
+
+class Sizes:
+    """The width of every axis where those of some are given."""
+
+    def __init__(self, widths: Mapping[Axis, int]) -> None:
+        self._widths = widths
+        self._known: dict[Axis, int] = {}
+
+    def of(self, axis: Axis) -> int:
+        found = self._known.get(axis)
+        if found is None:
+            found = self._known[axis] = width(axis, self._widths)
+        return found
+
+    def shape(self, dims: Dims) -> Shape:
+        return tuple([self.of(a) for a in dims])
+
+
+def plannable(coupling: Coupling) -> list[Planned]:
+    """The ops of the dense recording that say something."""
     found = []
     for k, (op, info) in enumerate(zip(coupling.graph.ops, coupling.ops, strict=True)):
-        dense = step(k, op, [shapes[v] for v in op.outputs])
+        dense = step(k, op, [coupling.graph.shape(v) for v in op.outputs])
         if dense is not None:
             letters = ["start"] * ("start" in op.attrs) + list(op.attrs.get("sizes", ()))
-            told = [width(info.letters[x], widths) if x in info.letters else n for x, n in zip(letters, dense.told, strict=False)]
-            found.append(Step(k, dense.name, dense.shapes, (*told, *dense.told[len(letters) :])))
+            told = [info.letters.get(x, n) for x, n in zip(letters, dense.told, strict=False)]
+            results = _compared(op, op.outputs)
+            dims = tuple(coupling.dims[v] for v in results)
+            found.append(Planned(k, dense.name, op.module, dims, (*told, *dense.told[len(letters) :])))
     return found
 
 
-def _compared(op: Op, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+def planned(coupling: Coupling, widths: Mapping[Axis, int]) -> list[Step]:
+    """The ops of the dense recording that say something, as they must be at the given widths."""
+    sizes = Sizes(widths)
+    return [op.at(sizes) for op in plannable(coupling)]
+
+
+def _compared(op: Op, results: Sequence[Any]) -> tuple[Any, ...]:
     """All pieces of a tensor that is taken apart; else the first result (the others are statistics for the backward pass)."""
-    return tuple(shapes) if op.rule in ("take_apart", "along") else tuple(shapes[:1])
-
-
-def planned_shapes(coupling: Coupling, widths: Mapping[Axis, int]) -> list[Shape]:
-    """The shape of every value of the graph at the given widths."""
-    known: dict[Axis, int] = {}
-
-    def size(axis: Axis) -> int:
-        axis = find(axis)
-        if axis not in known:
-            known[axis] = width(axis, widths)
-        return known[axis]
-
-    return [tuple(map(size, dims)) for dims in coupling.dims]
+    return tuple(results) if op.rule in ("take_apart", "along") else tuple(results[:1])
 
 
 def first_difference(want: Sequence[Step], have: Sequence[Step]) -> int | None:

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from coppice.errors import CoppiceError
 from coppice.graph import Kind, Op, Value
 from coppice.torch.aten import Ref
 from coppice.torch.capture import quiet_eval, record
+from coppice.torch.trees import leaves, mapped_only, tensors_in
 
 MEMORY = 3 * 2**30  # bytes of intermediate values that are held at a time
 
@@ -58,9 +59,7 @@ class Program:
         """Op -> the intermediate values that nothing reads after it."""
         last: dict[int, int] = {}
         for k, op in enumerate(self.ops):
-            for leaf in (*tree_flatten((op.call.args, op.call.kwargs))[0], *(Ref(v, ()) for v in op.outputs)):
-                if isinstance(leaf, Ref):
-                    last[leaf.id] = k
+            last.update(dict.fromkeys((*(r.id for r in leaves(Ref, (op.call.args, op.call.kwargs))), *op.outputs), k))
         ends: dict[int, list[int]] = {}
         for value, k in last.items():
             if value not in self.outputs and self.values[value].kind is Kind.INTERMEDIATE:
@@ -106,8 +105,8 @@ class Program:
 
         for k in range(start, stop):
             op = self.ops[k]
-            args, kwargs = tree_map_only(Ref, read, (op.call.args, op.call.kwargs))
-            results = [t for t in tree_flatten(op.call.func(*args, **kwargs))[0] if isinstance(t, Tensor)]
+            args, kwargs = mapped_only(Ref, read, (op.call.args, op.call.kwargs))
+            results = tensors_in(op.call.func(*args, **kwargs))
             env.update(zip(op.outputs, results, strict=True))
             for value in self._ends.get(k, ()):
                 env.pop(value, None)

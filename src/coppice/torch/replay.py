@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from coppice.axes import Axis, Form, atoms, chosen, find
 from coppice.coupling import Coupling, Mask, keep_mask
@@ -21,6 +21,7 @@ from coppice.graph import Kind, Op
 from coppice.torch.aten import Ref, base_name
 from coppice.torch.capture import Replayable, default_double, in_double, quiet_eval
 from coppice.torch.decisions import Decision, decide
+from coppice.torch.trees import leaves, mapped_only, tensors_in
 
 
 def _at_new_sizes(name: str, args: tuple[Any, ...], groups: int) -> tuple[Any, ...]:
@@ -77,9 +78,7 @@ class Replay:
     def _lifetimes(self) -> dict[int, list[int]]:
         last: dict[int, int] = {}
         for k, op in enumerate(self.coupling.graph.ops):
-            for leaf in tree_flatten((op.call.args, op.call.kwargs))[0]:
-                if isinstance(leaf, Ref):
-                    last[leaf.id] = k
+            last.update({ref.id: k for ref in leaves(Ref, (op.call.args, op.call.kwargs))})
         keep = set(self.coupling.graph.outputs)
         ends: dict[int, list[int]] = {}
         for value, k in last.items():
@@ -111,13 +110,13 @@ class Replay:
             masked: dict[int | None, list[int]] = {}
             for k, dim in info.contracted:
                 masked.setdefault(op.inputs[k], []).append(dim)
-            outs = _tensors(self._call(call, lambda ref: self._masked(ref, masked)))
+            outs = tensors_in(self._call(call, lambda ref: self._masked(ref, masked)))
         for value, tensor in zip(op.outputs, outs, strict=True):
             self.env[value] = tensor
         return outs
 
     def _call(self, call: Replayable, get: Callable[[Ref], Tensor]) -> Any:
-        args, kwargs = tree_map_only(Ref, get, (in_double(call.args), in_double(call.kwargs)))
+        args, kwargs = mapped_only(Ref, get, (in_double(call.args), in_double(call.kwargs)))
         if call.decision is not None:
             given = Decision(call.decision.op, in_double(call.decision.answer))
             return decide(call.func, args, kwargs, given)[0]
@@ -138,10 +137,10 @@ class Replay:
 
     def _on_kept(self, op: Op, index: int, call: Replayable) -> list[Tensor]:
         """Run the op on the kept indices only, at the sizes that these have, and put the result back among NaN."""
-        args, kwargs = tree_map_only(Ref, lambda r: self.kept(r.id, self.env[r.id]), (in_double(call.args), in_double(call.kwargs)))
+        args, kwargs = mapped_only(Ref, lambda r: self.kept(r.id, self.env[r.id]), (in_double(call.args), in_double(call.kwargs)))
         groups = self.coupling.ops[index].letters.get("g")
         args = _at_new_sizes(base_name(call.func), args, 0 if groups is None else int(keep_mask(groups, self.keep).sum()))
-        small = _tensors(IN_DOUBLE.get(base_name(call.func), call.func)(*args, **kwargs))
+        small = tensors_in(IN_DOUBLE.get(base_name(call.func), call.func)(*args, **kwargs))
         return [self._scatter(v, t) for v, t in zip(op.outputs, small, strict=True)]
 
     def _cut(self, atom: Axis) -> bool:
@@ -173,10 +172,6 @@ class Replay:
             return small  # statistics for the backward pass, of which the rule says nothing
         places = [torch.from_numpy(np.flatnonzero(keep_mask(a, self.keep))) for a in dims]
         return out.index_put(torch.meshgrid(*places, indexing="ij"), small) if places else small
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
 
 
 def _with_numbers(dense: Replayable, sliced: Replayable) -> Replayable:

@@ -6,8 +6,8 @@ Ops that no such tensor goes into run as usual: what the code works out from num
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -15,31 +15,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from coppice.torch.trees import copied, mapped
+
 META = torch.device("meta")
 MEMO_SIZE = 20_000
 _memo: dict[Any, Any] = {}  # (op, what it was called with) -> shapes, strides and dtypes of its results
 
 
 class ShapeTensor(Tensor):
-    """``meta`` holds shape, strides and dtype; ``device`` is where the tensor says that it is."""
+    """``meta`` holds shape, strides and dtype, and is made when an op runs on it; ``device`` is where the tensor says that it is."""
 
-    meta: Tensor
+    _meta: Tensor | None = None
 
     @staticmethod
-    def __new__(cls, meta: Tensor, device: torch.device) -> ShapeTensor:
+    def of(meta: Tensor, device: torch.device) -> ShapeTensor:
         made: ShapeTensor = Tensor._make_wrapper_subclass(
-            cls,
-            meta.shape,
-            strides=meta.stride(),
-            storage_offset=meta.storage_offset(),
-            dtype=meta.dtype,
-            device=device,
+            ShapeTensor, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=device
         )
-        made.meta = meta
+        made._meta = meta
         return made
 
-    def __init__(self, meta: Tensor, device: torch.device) -> None:
-        pass
+    @staticmethod
+    def blank(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, requires_grad: bool = False) -> ShapeTensor:
+        made: ShapeTensor = Tensor._make_wrapper_subclass(
+            ShapeTensor, shape, strides=stride, dtype=dtype, device=device, requires_grad=requires_grad
+        )
+        return made
+
+    @property
+    def meta(self) -> Tensor:
+        if self._meta is None:
+            self._meta = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=META)
+        return self._meta
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -47,34 +54,50 @@ class ShapeTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given: dict[int, Tensor] = {}
-        devices: list[torch.device] = []
-        said: list[Any] = [func]
+        kwargs = kwargs or {}
+        key: list[Any] = [func]
+        device, named = _write_down(args, key), _write_down(kwargs, key)
+        return _remembered(func, args, kwargs, tuple(key), device or named)
 
-        def unwrap(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                bare = isinstance(leaf, ShapeTensor)
-                meta = leaf.meta if isinstance(leaf, ShapeTensor) else leaf.detach().to(META)
-                devices.extend([leaf.device] * bare)
-                given[id(meta)] = leaf
-                said.append((meta.shape, meta.stride(), meta.dtype))
-                return meta
-            said.append((type(leaf), leaf))
-            return META if isinstance(leaf, torch.device) else leaf
 
-        def wrap(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            known = given.get(id(leaf))
-            if known is None:
-                return ShapeTensor(leaf, devices[0])
-            if known.shape != leaf.shape:
-                raise NotImplementedError(f"{func} changes a tensor's shape in place")
-            return known
+def _write_down(tree: Any, key: list[Any]) -> torch.device | None:
+    """Add to ``key`` all that the shapes of an op's results depend on; answers the device of the first shape tensor."""
+    device = None
+    for leaf in tree.items() if isinstance(tree, dict) else tree:
+        if isinstance(leaf, Tensor):
+            key.append((leaf.shape, leaf.stride(), leaf.dtype))
+            if device is None and isinstance(leaf, ShapeTensor):
+                device = leaf.device
+        elif isinstance(leaf, (tuple, list)):
+            key.append(len(leaf))
+            device = _write_down(leaf, key) or device
+        else:
+            key.append(leaf if leaf.__class__ is str else (leaf.__class__, leaf))  # 1, 1.0 and True are equal
+    return device
 
-        args, kwargs = _mapped(unwrap, args), _mapped(unwrap, kwargs or {})
-        key = (*said, len(args), *kwargs)
-        return _mapped(wrap, _remembered(func, args, kwargs, key) if _is_functional(func) else func(*args, **kwargs))
+
+def _run(func: Any, args: Any, kwargs: Any, device: torch.device | None) -> Any:
+    """``func`` on the ``meta`` tensors of its operands."""
+    given: dict[int, Tensor] = {}
+
+    def unwrap(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            meta = leaf.meta if isinstance(leaf, ShapeTensor) else leaf.detach().to(META)
+            given[id(meta)] = leaf
+            return meta
+        return META if isinstance(leaf, torch.device) else leaf
+
+    def wrap(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known = given.get(id(leaf))
+        if known is None:
+            return ShapeTensor.of(leaf, device)  # type: ignore[arg-type]
+        if known.shape != leaf.shape:
+            raise NotImplementedError(f"{func} changes a tensor's shape in place")
+        return known
+
+    return mapped(wrap, func(*mapped(unwrap, args), **mapped(unwrap, kwargs)))
 
 
 @cache
@@ -83,33 +106,44 @@ def _is_functional(func: Any) -> bool:
     return all(r.alias_info is None for r in func._schema.returns) and not func._schema.is_mutable
 
 
-def _remembered(func: Any, args: Any, kwargs: Any, key: Any) -> Any:
+@cache
+def _is_in_place(func: Any) -> bool:
+    """Whether the op answers its first operand, written to."""
+    name, returns = func._schema.name, func._schema.returns
+    return name.endswith("_") and len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write
+
+
+def _remembered(func: Any, args: Any, kwargs: Any, key: Any, device: torch.device | None) -> Any:
     """PyTorch works many shapes out in Python, slowly, and a model calls the same op with the same shapes again and again."""
     known = _memo.get(key)
     if known is not None:
         several, sizes = known
-        made = [torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in sizes]
+        if sizes is None:
+            return args[0]
+        made = [ShapeTensor.blank(shape, stride, dtype, device) for shape, stride, dtype in sizes]  # type: ignore[arg-type]
         return tuple(made) if several else made[0]
-    result = func(*args, **kwargs)
-    several = isinstance(result, tuple)
-    tensors = result if several else (result,)
-    if len(_memo) < MEMO_SIZE and all(isinstance(t, Tensor) and t.storage_offset() == 0 for t in tensors):
-        _memo[key] = several, [(t.shape, t.stride(), t.dtype) for t in tensors]
+    result = _run(func, args, kwargs, device)
+    if len(_memo) >= MEMO_SIZE:
+        return result
+    if _is_functional(func):
+        several = isinstance(result, tuple)
+        tensors = result if several else (result,)
+        if all(isinstance(t, ShapeTensor) and t.storage_offset() == 0 for t in tensors):
+            _memo[key] = several, [(t.shape, t.stride(), t.dtype) for t in tensors]
+    elif _is_in_place(func) and result is args[0] and (result.shape, result.stride(), result.dtype) == key[1]:
+        _memo[key] = False, None
     return result
-
-
-def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    if isinstance(tree, (tuple, list)):
-        made = [_mapped(change, leaf) for leaf in tree]
-        return made if isinstance(tree, list) else tuple(made)
-    if isinstance(tree, dict):
-        return {key: _mapped(change, leaf) for key, leaf in tree.items()}
-    return change(tree)
 
 
 def shape_like(tensor: Tensor, shape: tuple[int, ...]) -> ShapeTensor:
     """A tensor of ``shape``, otherwise like ``tensor``."""
-    return ShapeTensor(torch.empty(shape, dtype=tensor.dtype, device=META), tensor.device)
+    made = ShapeTensor.blank(shape, _contiguous(shape), tensor.dtype, tensor.device, tensor.requires_grad)
+    made._is_param = isinstance(tensor, nn.Parameter)  # what makes a subclass's instance a parameter
+    return made
+
+
+def _contiguous(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(max(1, n) for n in shape[k + 1 :]) for k in range(len(shape))]
 
 
 def like(tensor: Tensor, new: Tensor) -> Tensor:
@@ -127,11 +161,13 @@ def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], values: 
         for name, tensor in named(remove_duplicate=False):
             if id(tensor) not in memo:
                 shape = shapes.get(name, tuple(tensor.shape))
-                bare = not values and tensor.is_floating_point()
-                memo[id(tensor)] = like(tensor, shape_like(tensor, shape) if bare else tensor.detach()[tuple(map(slice, shape))].clone())
+                if values or not tensor.is_floating_point():
+                    memo[id(tensor)] = like(tensor, tensor.detach()[tuple(map(slice, shape))].clone())
+                else:
+                    memo[id(tensor)] = shape_like(tensor, shape)
     return memo
 
 
 def without_values(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy of the model, and inputs for it, of shape tensors."""
-    return copy.deepcopy(model, tensors_of(model, {}, values=False)), tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), inputs)
+    return copied(model, tensors_of(model, {}, values=False)), tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), inputs)

@@ -1,17 +1,18 @@
 """Trials: the user's code run at other widths, to see where it first disagrees with the plan.
 
-On real tensors where a forward pass is cheap; else on those of ``coppice.torch.shapes``, which have shapes and no values.
+On the tensors of ``coppice.torch.shapes``, which have shapes and no values; on real ones where the code looks at values.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from coppice.axes import Axis
@@ -19,11 +20,13 @@ from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Op
 from coppice.torch.apply import set_size
-from coppice.torch.capture import decisions_of, record
-from coppice.torch.lockstep import inside, planned, planned_shapes, step
-from coppice.torch.shapes import shape_like, tensors_of
+from coppice.torch.aten import Call, Ref, base_name, by_name, is_made_of_others, translate
+from coppice.torch.capture import decisions_of, quiet_eval, record, says_nothing, tracking_modules
+from coppice.torch.lockstep import COPIES, VIEWS, Planned, Shape, Sizes, inside, plannable, told_sizes
+from coppice.torch.shapes import ShapeTensor, shape_like, tensors_of
+from coppice.torch.trees import copied, mapped, tensors_in
 
-CHEAP = 3_000_000  # MACs that take as long as an op on fake tensors
+ON_SHAPES = True  # whether trials run on tensors without values first
 
 
 class _Stop(BaseException):
@@ -35,34 +38,49 @@ class Trials:
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
         self.model, self.inputs, self.coupling = model, inputs, coupling
-        self.steps = planned(coupling, {})
+        self.steps = plannable(coupling)
         self.decisions = decisions_of(coupling.graph)
-        self._fake = coupling.cost().macs * coupling.graph.batch > CHEAP * len(coupling.graph.ops)
-        self.at_rest = self.run({})
-        if self.at_rest is not None and self._fake:
+        self._fake = ON_SHAPES
+
+    @cached_property
+    def at_rest(self) -> int | None:
+        found = self.run({})
+        if found is not None and self._fake:
             self._fake = False  # the code looks at values, or PyTorch takes other kernels on them: real ones, then
-            self.at_rest = self.run({})
+            found = self.run({})
+        return found
 
     def run(self, widths: Mapping[Axis, int], until: int | None = None) -> int | None:
         """The first step at which the code disagrees with ``widths`` (or fails); None where all agree, as far as ``until``."""
-        shapes = planned_shapes(self.coupling, widths)
-        watch = _Watch(self.coupling, widths, until, shapes)
-        finished = False
-        memo, inputs = self._tensors(shapes)
+        return self._watched(widths, until)[0]
+
+    def agrees(self, widths: Mapping[Axis, int]) -> bool:
+        """Whether the code runs every planned op, and no other, at ``widths``, on tensors without values."""
+        answer, watch = self._watched(widths) if self._fake else (0, None)
+        return answer is None and watch is not None and not watch.left_any
+
+    def _watched(self, widths: Mapping[Axis, int], until: int | None = None) -> tuple[int | None, _Watch]:
+        watch = _Watch(self.steps, widths, until)
+        memo, inputs = self._tensors(widths)
         model = self._shrunk(memo, widths)
+        finished = False
         with torch.random.fork_rng(devices=[]), suppress(_Stop):
-            finished = record(model, inputs, watch, self.decisions)[2] is None
-        return watch.answer(finished)
+            if self._fake and not self.decisions:
+                finished = _follow(model, inputs, watch)
+            else:
+                finished = record(model, inputs, watch, self.decisions)[2] is None
+        return watch.answer(finished), watch
 
     def trains(self, widths: Mapping[Axis, int]) -> bool:
         """Whether the code also runs in training mode at ``widths``."""
-        memo, inputs = self._tensors(planned_shapes(self.coupling, widths))
+        memo, inputs = self._tensors(widths)
         with torch.random.fork_rng(devices=[]):
             return record(self._shrunk(memo, widths), inputs, training=True)[2] is None
 
-    def _tensors(self, shapes: list[tuple[int, ...]]) -> tuple[dict[int, Any], tuple[Any, ...]]:
-        """Parameters and buffers of the trial's shapes (by the id of the model's own, as ``deepcopy`` wants them), and the inputs."""
-        by_name = {name: shapes[v.id] for v in self.coupling.graph.weights() for name in v.names}
+    def _tensors(self, widths: Mapping[Axis, int]) -> tuple[dict[int, Any], tuple[Any, ...]]:
+        """Parameters and buffers of the trial's shapes (by the id of the model's own, as a copy wants them), and the inputs."""
+        sizes = Sizes(widths)
+        by_name = {name: sizes.shape(self.coupling.dims[v.id]) for v in self.coupling.graph.weights() for name in v.names}
         memo = tensors_of(self.model, by_name, values=not self._fake)
         if self._fake:
             return memo, tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), self.inputs)
@@ -70,15 +88,15 @@ class Trials:
 
     def _shrunk(self, memo: dict[int, Any], widths: Mapping[Axis, int]) -> nn.Module:
         """A copy of the model with the tensors of ``memo``, and every bound attribute at its new size."""
-        model = copy.deepcopy(self.model, memo)
+        model: nn.Module = copied(self.model, memo)
+        modules = dict(model.named_modules(remove_duplicate=False))
         for (path, attribute, index), axis in self.coupling.bindings.items():
-            module = model.get_submodule(path)
             size: int | list[int] = width(axis, widths)
             if index is not None:
-                sizes = list(getattr(module, attribute))
+                sizes = list(getattr(modules[path], attribute))
                 sizes[index] = size
                 size = sizes
-            set_size(module, attribute, size)
+            set_size(modules[path], attribute, size)
         return model
 
 
@@ -89,46 +107,98 @@ class _Watch:
     width is 1): its own ops are then left out, as long as all that follow agree again. At the dense widths nothing is left out.
     """
 
-    def __init__(self, coupling: Coupling, widths: Mapping[Axis, int], until: int | None, shapes: list[tuple[int, ...]]) -> None:
-        self.want, self.until = planned(coupling, widths, shapes), until
-        self.modules = [coupling.graph.ops[s.index].module for s in self.want]
+    def __init__(self, want: list[Planned], widths: Mapping[Axis, int], until: int | None) -> None:
+        self.want, self.until, self.sizes = want, until, Sizes(widths)
         self.lenient, self.width_one = bool(widths), 1 in widths.values()
         self.agreed = 0
         self.detour: str | None = None  # the module whose ops are being left out
         self.left_at = 0  # where that began
+        self.left_any = False
         self.reached = False
 
     def __call__(self, op: Op, results: list[Tensor]) -> None:
-        have = step(0, op, [tuple(t.shape) for t in results])
-        if have is None:
+        self.see(base_name(op.call.func), op.module, results, lambda: told_sizes(op.attrs))
+
+    def see(self, name: str, module: str, results: list[Tensor], told: Callable[[], tuple[int, ...]]) -> None:
+        """An op has run in ``module``; ``told`` works out the sizes that it was told, which takes longer than the rest."""
+        if name in COPIES:
             return
         if self.detour is not None:
-            if inside(op.module, self.detour):
+            if inside(module, self.detour):
                 return
             self.detour = None
         if self.agreed == len(self.want):
             raise _Stop
         want = self.want[self.agreed]
-        if want.name != have.name and self._may_leave(op.module):
-            self._leave(self.modules[self.agreed])
+        if want.name != VIEWS.get(name, name):
+            if not self._may_leave(module):
+                raise _Stop
+            self._leave(want.module)
             return
-        if not want.agrees(have):
+        if not self._fits(want, results, told):
             raise _Stop
         self.agreed += 1
         self.reached = self.until is not None and self.agreed > self.until
         if self.reached:
             raise _Stop
 
+    def _fits(self, want: Planned, results: list[Tensor], told: Callable[[], tuple[int, ...]]) -> bool:
+        step = want.at(self.sizes)
+        compared = results[: len(step.shapes)] if len(step.shapes) <= 1 else results
+        shapes: tuple[Shape, ...] = tuple([tuple(t.shape) for t in compared])
+        return shapes == step.shapes and (not step.told or told() == step.told)
+
     def _may_leave(self, module: str) -> bool:
-        expected = self.modules[self.agreed]
+        expected = self.want[self.agreed].module
         return self.lenient and inside(module, expected) and (expected != "" or self.width_one)
 
     def _leave(self, module: str) -> None:
-        self.detour, self.left_at = module, self.agreed
-        while self.agreed < len(self.want) and inside(self.modules[self.agreed], module):
+        self.detour, self.left_at, self.left_any = module, self.agreed, True
+        while self.agreed < len(self.want) and inside(self.want[self.agreed].module, module):
             self.agreed += 1
 
     def answer(self, finished: bool) -> int | None:
         if self.reached or (finished and self.agreed == len(self.want)):
             return None
         return self.left_at if self.detour is not None else min(self.agreed, len(self.want) - 1)
+
+
+class _Following(TorchDispatchMode):
+    """Shows every op of a run without values to a watch, and keeps nothing."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stack = [""]
+        self._watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if says_nothing(func._schema.name, args):
+            return func(*args, **kwargs)
+        if is_made_of_others(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = ShapeTensor.__torch_dispatch__(func, types, args, kwargs) if ShapeTensor in types else func(*args, **kwargs)
+        results = [result] if isinstance(result, Tensor) else tensors_in(result)
+
+        def told() -> tuple[int, ...]:
+            given_args, given = mapped(_ref, args), mapped(_ref, kwargs)
+            return told_sizes(translate(func, Call(by_name(func, given_args, given), mapped(_ref, results)))[2])
+
+        self._watch.see(base_name(func), self.stack[-1], results, told)
+        return result
+
+
+def _ref(leaf: Any) -> Any:
+    return Ref(0, tuple(leaf.shape), leaf.dtype in (torch.bool, torch.uint8)) if isinstance(leaf, Tensor) else leaf
+
+
+def _follow(model: nn.Module, inputs: tuple[Any, ...], watch: _Watch) -> bool:
+    """Whether ``model`` runs through on ``inputs``."""
+    mode = _Following(watch)
+    try:
+        with quiet_eval(model), tracking_modules(model, mode.stack), mode:
+            model(*inputs)
+    except Exception:  # user code may raise anything at all
+        return False
+    return True

@@ -1,0 +1,89 @@
+"""Nested arguments of ops (tuples, lists, dicts) and copies of module trees: at every op and every trial, so written to be fast."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_AS_IS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type, type(len), type(copy.copy)}
+_COPIED_OTHERWISE = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
+
+
+def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``change`` applied to every leaf; a tuple of any kind comes back as a plain one."""
+    if isinstance(tree, tuple):
+        return tuple([mapped(change, leaf) for leaf in tree])
+    if isinstance(tree, list):
+        return [mapped(change, leaf) for leaf in tree]
+    if isinstance(tree, dict):
+        return {key: mapped(change, leaf) for key, leaf in tree.items()}
+    return change(tree)
+
+
+def mapped_only(kind: Any, change: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``change`` applied to every leaf of the given kind."""
+    return mapped(lambda leaf: change(leaf) if isinstance(leaf, kind) else leaf, tree)
+
+
+def leaves(kind: type | tuple[type, ...], tree: Any) -> list[Any]:
+    """Every leaf of ``tree`` of the given kind, in order."""
+    if isinstance(tree, kind):
+        return [tree]
+    if isinstance(tree, (tuple, list)):
+        return [found for leaf in tree for found in leaves(kind, leaf)]
+    return [found for leaf in tree.values() for found in leaves(kind, leaf)] if isinstance(tree, dict) else []
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy(value, memo)``, fast for module trees: only what is no module, container or number goes through ``deepcopy``."""
+    kind = type(value)
+    if kind in _AS_IS:
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    made: Any
+    if kind in (dict, OrderedDict):
+        memo[id(value)] = made = kind()
+        for key, item in value.items():
+            made[key if type(key) in _AS_IS else copied(key, memo)] = copied(item, memo)
+    elif kind is tuple and all(type(item) in _AS_IS for item in value):
+        made = value
+    elif kind is set and all(type(item) in _AS_IS for item in value):
+        memo[id(value)] = made = set(value)
+    elif kind is list:
+        memo[id(value)] = made = []
+        made.extend([copied(item, memo) for item in value])
+    elif isinstance(value, nn.Module) and _is_copied_by_state(kind):
+        memo[id(value)] = made = object.__new__(kind)
+        state = {key: copied(item, memo) for key, item in value.__getstate__().items()}
+        if kind.__setstate__ is nn.Module.__setstate__:
+            made.__dict__ = state
+        else:
+            made.__setstate__(state)
+    else:
+        made = copy.deepcopy(value, memo)
+    return made
+
+
+_by_state: dict[type, bool] = {}
+
+
+def _is_copied_by_state(kind: type) -> bool:
+    """Whether ``deepcopy`` copies such a module by its ``__dict__`` and nothing else."""
+    found = _by_state.get(kind)
+    if found is None:
+        same = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _COPIED_OTHERWISE)
+        slots = any(getattr(base, "__slots__", ()) for base in kind.__mro__)
+        found = _by_state[kind] = same and not slots
+    return found
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of ``tree``, in order."""
+    return leaves(Tensor, tree)
