@@ -152,7 +152,7 @@ def main() -> None:
     import torch_pruning
 
     torch.set_num_threads(1)
-    models = [line.strip() for line in args.list.read_text(encoding="utf-8").splitlines() if line.strip()]
+    models = [line.strip() for line in args.list.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
     models = [m for m in models if not args.only or any(part in m for part in args.only)]
     rows: list[Row] = []
     for line in models:

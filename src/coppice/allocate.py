@@ -66,7 +66,9 @@ class _Allocation:
         self.coupling, self.scores, self.target = coupling, scores, target
         self.bundles = [b for b in (_bundle(coupling, atoms_, round_to, min_width) for atoms_ in coupling.bundles()) if len(b.levels) > 1]
         self.widths: dict[Axis, int] = {}
-        self.terms = [t for t in coupling.cost_terms if t.kind in target]
+        moving = {axis.atom for bundle in self.bundles for axis in bundle.axes}
+        self.terms = [t.within(moving) for t in coupling.cost_terms if t.kind in target]
+        self.values: dict[int, int] = {}  # of the terms at the present widths
         self.touching: dict[Axis, list[Term]] = {}
         for term in self.terms:
             for atom in {a for axis in term.axes for a in atoms(axis)}:
@@ -77,7 +79,7 @@ class _Allocation:
     def total(self) -> dict[str, float]:
         spent = dict.fromkeys(self.target, 0.0)
         for term in self.terms:
-            spent[term.kind] += term.evaluate(self.widths)
+            spent[term.kind] += self._value(term)
         return spent
 
     def excess(self, spent: Mapping[str, float]) -> dict[str, float]:
@@ -85,7 +87,16 @@ class _Allocation:
 
     def set_level(self, bundle: Bundle, level: int) -> None:
         bundle.at = level
-        self.widths.update({a.atom: bundle.kept(a, level) for a in bundle.axes})
+        for axis in bundle.axes:
+            self.widths[axis.atom] = bundle.kept(axis, level)
+            for term in self.touching.get(axis.atom, ()):
+                self.values.pop(id(term), None)
+
+    def _value(self, term: Term) -> int:
+        found = self.values.get(id(term))
+        if found is None:
+            found = self.values[id(term)] = term.evaluate(self.widths)
+        return found
 
     def check_reachable(self) -> None:
         for bundle in self.bundles:
@@ -108,7 +119,7 @@ class _Allocation:
         after = {**self.widths, **{a.atom: bundle.kept(a, level) for a in bundle.axes}}
         saved = dict.fromkeys(self.target, 0.0)
         for term in terms.values():
-            saved[term.kind] += term.evaluate(self.widths) - term.evaluate(after)
+            saved[term.kind] += self._value(term) - term.evaluate(after)
         return saved
 
     def _loss(self, bundle: Bundle, level: int) -> float:

@@ -7,10 +7,10 @@ So the cost of any plan is evaluated, not traced again, and equals counting the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from coppice.axes import Axis, Form, find
+from coppice.axes import Axis, Form, atoms, find
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,16 @@ class Term:
     axes: tuple[Axis, ...]
     scale: int
     divisor: int
+
+    def within(self, moving: Collection[Axis]) -> Term:
+        """The same where only the atoms ``moving`` change their width: what stands still is multiplied out."""
+        still, axes = 1, []
+        for axis in map(find, self.axes):
+            if any(atom in moving for atom in atoms(axis)):
+                axes.append(axis)
+            else:
+                still *= axis.size
+        return Term(self.kind, tuple(axes), self.scale * still, self.divisor)
 
     def evaluate(self, widths: Mapping[Axis, int]) -> int:
         return math.prod(width(a, widths) for a in self.axes) * self.scale // self.divisor

@@ -5,6 +5,7 @@ An axis lies on many tensors (filters, norms, consumers), and below sums and pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,9 @@ class Scores:
         return self.by_axis[axis]
 
 
+BLOCK = 2**16  # elements
+
+
 def per_index(coupling: Coupling, elements: Mapping[str, Array]) -> ByAxis:
     """Sum element saliencies (parameter name -> array of its shape) over everything that each index of each prunable axis touches."""
     ids = {axis.atom: axis.id for axis in coupling.prunable}
@@ -39,11 +43,26 @@ def per_index(coupling: Coupling, elements: Mapping[str, Array]) -> ByAxis:
         array = elements.get(value.names[0]) if value.kind is Kind.PARAMETER else None
         if array is None:
             continue
-        for dim, axis in enumerate(coupling.dims[value.id]):
-            if find(axis).pinned is None:
-                others = tuple(k for k in range(array.ndim) if k != dim)
-                share_out(axis, array.sum(axis=others, dtype=np.float64), ids, scores)
+        wanted = {dim: axis for dim, axis in enumerate(coupling.dims[value.id]) if find(axis).pinned is None}
+        for dim, sums in _sums(array, list(wanted)).items():
+            share_out(wanted[dim], sums, ids, scores)
     return scores
+
+
+def _sums(array: Array, dims: list[int]) -> dict[int, Array]:
+    """For each of ``dims``, the sum over all the others, in double precision. One pass over the array, a block that fits a cache at a time."""
+    if not dims or array.ndim < 2:
+        return {dim: array.astype(np.float64) for dim in dims}
+    table = array.reshape(len(array), math.prod(array.shape[1:]))
+    rows, columns = np.empty(len(table)), np.zeros(table.shape[1])
+    step = max(1, BLOCK // max(1, table.shape[1]))
+    for start in range(0, len(table), step):
+        block = table[start : start + step].astype(np.float64)
+        rows[start : start + step] = block.sum(axis=1)
+        columns += block.sum(axis=0)
+    rest = columns.reshape(array.shape[1:])
+    others = {dim: tuple(k for k in range(rest.ndim) if k != dim - 1) for dim in dims}
+    return {dim: rest.sum(axis=others[dim]) if dim else rows for dim in dims}
 
 
 def share_out(axis: Axis, sums: Array, ids: Mapping[Axis, int], scores: ByAxis) -> None:

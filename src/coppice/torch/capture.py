@@ -50,10 +50,16 @@ class Origin:
 
         Where the recorded pass was not like those after it (modules that set something up when first called), answers a new recording.
         """
-        from coppice.torch.sizes import bind_sizes
+        from coppice.torch.known import bind_known_modules
+        from coppice.torch.probes import agrees_at_once
+        from coppice.torch.sizes import bind_sizes, check_training
         from coppice.torch.trial import Trials
 
         trials = Trials(self.model, self.inputs, coupling)
+        bind_known_modules(self.model, coupling)
+        if agrees_at_once(trials, coupling):
+            check_training(trials, coupling)
+            return None
         if trials.at_rest is not None and not self.again:
             graph = capture(self.model, self.inputs)
             graph.origin.again = True
@@ -288,9 +294,11 @@ def quiet_eval(model: nn.Module, training: bool = False) -> Iterator[None]:
     ``training``: the user's own classes take their training branches; PyTorch's modules, and BatchNorms, do as in evaluation.
     """
     flags = [(m, m.training) for m in model.modules()]
+    evaluates = not any(was for _, was in flags)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
+    if not evaluates:
+        model.eval()
     for module in model.modules() if training else ():
         module.training = not (type(module).__module__.startswith("torch.") or isinstance(module, nn.modules.batchnorm._BatchNorm))
     try:
@@ -298,8 +306,9 @@ def quiet_eval(model: nn.Module, training: bool = False) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in flags:
-            module.training = training
+        for module, was in flags:
+            if module.training != was:
+                module.training = was
 
 
 def record(

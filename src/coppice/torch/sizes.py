@@ -25,7 +25,6 @@ from coppice.axes import Axis, Form, atoms, factors, find, pin, product_of
 from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Kind
-from coppice.torch.known import bind_known_modules
 from coppice.torch.lockstep import inside
 from coppice.torch.trial import Trials
 
@@ -37,7 +36,6 @@ Choice = tuple[str, int | None, int]  # an attribute, its index where it is a se
 
 def bind_sizes(model: nn.Module, trials: Trials, coupling: Coupling) -> None:
     """Fill ``coupling.bindings`` and ``coupling.ties``, and pin what the code freezes."""
-    bind_known_modules(model, coupling)
     search = _Search(model, trials, coupling)
     seed = agreed = 0
     while agreed < search.rounds() and coupling.prunable:
@@ -48,9 +46,43 @@ def bind_sizes(model: nn.Module, trials: Trials, coupling: Coupling) -> None:
             agreed = 0
             search.resolve(*search.earliest(at, seed))
             coupling.refresh()
+    check_training(trials, coupling)
+
+
+def check_training(trials: Trials, coupling: Coupling) -> None:
+    """Pin what the heads that only training runs read, where these don't run at other widths; everything, if that is not enough."""
+    graph = coupling.graph
     coupling.bundles()
-    if coupling.graph.training:
-        search.check_training()
+    read = {v for op in graph.ops for v in op.inputs}
+    heads = [op for op in graph.training if any(v is not None and graph.values[v].names and v not in read for v in op.inputs)]
+    own = [a for op in heads for v in op.inputs if v is not None for dim in coupling.dims[v] for a in atoms(dim)]
+    for axes in (own, [a.atom for a in coupling.axes]) if graph.training else ():
+        if all(trials.trains(trial_widths(coupling, seed)) for seed in range(EIGHTHS)):
+            return
+        for atom in axes:
+            pin(atom, "code that only training runs does not run at other widths")
+        coupling.bundles()
+
+
+def trial_widths(coupling: Coupling, seed: int) -> dict[Axis, int]:
+    """Widths for every bundle that may move; a bundle's do not depend on the others', so that a tie changes only what it ties.
+
+    Every second trial changes all of them. In the others some keep theirs, and short ones may go down to 1 (elsewhere 1 is left out: it
+    broadcasts, so a wrong size would hide).
+    """
+    ids = {axis.atom: axis.id for axis in coupling.axes}
+    chosen: dict[Axis, int] = {}
+    for bundle in coupling.free_bundles():
+        unit = math.gcd(*(a.size for a in bundle))
+        levels = next((n for n in (8, 4) if unit % n == 0), unit) if seed < EIGHTHS else unit
+        step = [a.size // levels for a in bundle]
+        if seed % 2:
+            parts = list(range(1 if levels <= SHORT else levels // 3 + 1, levels + 1))
+        else:
+            parts = [k for k in range(levels // 3 + 1, levels) if k * min(step) > 1] or [max(1, levels - 1)]
+        part = parts[_spelled(min(ids[a] for a in bundle), seed // 2, len(parts))]
+        chosen.update({a: n * part for a, n in zip(bundle, step, strict=True)})
+    return chosen
 
 
 class _Search:
@@ -66,43 +98,13 @@ class _Search:
                 pin(axis.atom, f"the code does not run the same ops twice (first at {op.name} in {op.module or 'the model'})")
             coupling.refresh()
 
-    def check_training(self) -> None:
-        """Pin what the heads that only training runs read, where these don't run at other widths; everything, if that is not enough."""
-        graph = self.coupling.graph
-        read = {v for op in graph.ops for v in op.inputs}
-        heads = [op for op in graph.training if any(v is not None and graph.values[v].names and v not in read for v in op.inputs)]
-        own = [a for op in heads for v in op.inputs if v is not None for dim in self.coupling.dims[v] for a in atoms(dim)]
-        for axes in (own, [a.atom for a in self.coupling.axes]):
-            if all(self.trials.trains(self.widths(seed)) for seed in range(EIGHTHS)):
-                return
-            for atom in axes:
-                pin(atom, "code that only training runs does not run at other widths")
-            self.coupling.bundles()
-
     def rounds(self) -> int:
         """How many trials must agree."""
         units = [math.gcd(*(a.size for a in bundle)) for bundle in self.coupling.free_bundles()]
         return ROUNDS_IF_SHORT if any(unit <= SHORT for unit in units) else ROUNDS
 
     def widths(self, seed: int) -> dict[Axis, int]:
-        """Widths for every bundle that may move; a bundle's do not depend on the others', so that a tie changes only what it ties.
-
-        Every second trial changes all of them. In the others some keep theirs, and short ones may go down to 1 (elsewhere 1 is left out: it
-        broadcasts, so a wrong size would hide).
-        """
-        ids = {axis.atom: axis.id for axis in self.coupling.axes}
-        chosen: dict[Axis, int] = {}
-        for bundle in self.coupling.free_bundles():
-            unit = math.gcd(*(a.size for a in bundle))
-            levels = next((n for n in (8, 4) if unit % n == 0), unit) if seed < EIGHTHS else unit
-            step = [a.size // levels for a in bundle]
-            if seed % 2:
-                parts = list(range(1 if levels <= SHORT else levels // 3 + 1, levels + 1))
-            else:
-                parts = [k for k in range(levels // 3 + 1, levels) if k * min(step) > 1] or [max(1, levels - 1)]
-            part = parts[_spelled(min(ids[a] for a in bundle), seed // 2, len(parts))]
-            chosen.update({a: n * part for a, n in zip(bundle, step, strict=True)})
-        return chosen
+        return trial_widths(self.coupling, seed)
 
     def _others(self, seed: int) -> tuple[int, int]:
         """Two more trials of the same kind: one in which some axes keep their width, and one that changes all."""

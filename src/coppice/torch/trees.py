@@ -61,7 +61,10 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         made.extend([copied(item, memo) for item in value])
     elif isinstance(value, nn.Module) and _is_copied_by_state(kind):
         memo[id(value)] = made = object.__new__(kind)
-        state = {key: copied(item, memo) for key, item in value.__getstate__().items()}
+        state = value.__getstate__()
+        for key, item in state.items():
+            if type(item) not in _AS_IS:
+                state[key] = copied(item, memo)
         if kind.__setstate__ is nn.Module.__setstate__:
             made.__dict__ = state
         else:

@@ -1,0 +1,59 @@
+"""Two trials that settle most models: where the code agrees with the plan at these widths, it does at all, and nothing needs a search.
+
+At **prime** widths, all of one octave, no width is another's multiple, part, sum or difference: code that takes a size from the wrong place,
+or works it out from others, can't agree by chance. At **low** widths what the code does with thresholds shows, and some axes keep theirs,
+as in most plans. A disagreement says nothing about where and why: that is for ``coppice.torch.sizes`` to find out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from coppice.axes import Axis
+from coppice.coupling import Coupling
+from coppice.torch.trial import Trials
+
+OCTAVE = 256  # the least prime is larger than most sizes that code has for other reasons
+LOW = 8  # the width that a plan leaves at least, if it is not told otherwise
+KEEPERS = 5  # at low widths, one axis in so many keeps its own
+
+
+def agrees_at_once(trials: Trials, coupling: Coupling) -> bool:
+    """Whether both trials agree, op by op."""
+    return bool(coupling.prunable) and trials.agrees(prime_widths(coupling)) and trials.agrees(low_widths(coupling))
+
+
+def _units(coupling: Coupling) -> Iterator[tuple[tuple[Axis, ...], int]]:
+    """Every bundle that may move, and the number of equal parts that its widths have."""
+    for bundle in coupling.free_bundles():
+        yield bundle, math.gcd(*(a.size for a in bundle))
+
+
+def prime_widths(coupling: Coupling) -> dict[Axis, int]:
+    """A prime for every bundle."""
+    bundles = list(_units(coupling))
+    return {a: a.size // unit * prime for (bundle, unit), prime in zip(bundles, _primes(len(bundles)), strict=True) for a in bundle}
+
+
+def low_widths(coupling: Coupling) -> dict[Axis, int]:
+    """About the least that a plan leaves; a short axis goes down to 1, where most code that can't take it fails."""
+    chosen: dict[Axis, int] = {}
+    for k, (bundle, unit) in enumerate(_units(coupling)):
+        least = math.ceil(LOW / min(a.size // unit for a in bundle))
+        part = unit if k % KEEPERS == 0 else 1 if unit <= LOW else least + k % 3
+        chosen.update({a: a.size // unit * min(unit, part) for a in bundle})
+    return chosen
+
+
+def _primes(count: int) -> list[int]:
+    """The first ``count`` primes of the lowest octave, from ``OCTAVE`` on, that has as many."""
+    low = OCTAVE
+    while True:
+        sieve = bytearray([1]) * (2 * low)
+        for n in range(2, math.isqrt(2 * low) + 1):
+            sieve[n * n :: n] = bytes(len(range(n * n, 2 * low, n)))
+        found = [n for n in range(low, 2 * low) if sieve[n]]
+        if len(found) >= count:
+            return found[:count]
+        low *= 2
