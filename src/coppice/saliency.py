@@ -50,7 +50,7 @@ def per_index(coupling: Coupling, elements: Mapping[str, Array]) -> ByAxis:
 
 
 def _sums(array: Array, dims: list[int]) -> dict[int, Array]:
-    """For each of ``dims``, the sum over all the others, in double precision. One pass over the array, a block that fits a cache at a time."""
+    """For each of ``dims``, the sum over all the others, in double precision; one pass, a block that fits a cache at a time."""
     if not dims or array.ndim < 2:
         return {dim: array.astype(np.float64) for dim in dims}
     table = array.reshape(len(array), math.prod(array.shape[1:]))

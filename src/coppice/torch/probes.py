@@ -1,8 +1,8 @@
-"""Two trials that settle most models: where the code agrees with the plan at these widths, it does at all, and nothing needs a search.
+"""Two trials that settle most models: where the code agrees with the plan at these widths, nothing needs a search.
 
-At **prime** widths, all of one octave, no width is another's multiple, part, sum or difference: code that takes a size from the wrong place,
-or works it out from others, can't agree by chance. At **low** widths what the code does with thresholds shows, and some axes keep theirs,
-as in most plans. A disagreement says nothing about where and why: that is for ``coppice.torch.sizes`` to find out.
+At **prime** widths, all of one octave, no width is another's multiple, part, sum or difference: code that takes a size from the wrong
+place, or works it out from others, can't agree by chance. At **low** widths, mostly one and the same, shows what the code does below some
+size, or where two sizes happen to be equal. A disagreement says nothing about where and why: ``coppice.torch.sizes`` finds that out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from coppice.torch.trial import Trials
 
 OCTAVE = 256  # the least prime is larger than most sizes that code has for other reasons
 LOW = 8  # the width that a plan leaves at least, if it is not told otherwise
-KEEPERS = 5  # at low widths, one axis in so many keeps its own
 
 
 def agrees_at_once(trials: Trials, coupling: Coupling) -> bool:
@@ -39,10 +38,9 @@ def prime_widths(coupling: Coupling) -> dict[Axis, int]:
 def low_widths(coupling: Coupling) -> dict[Axis, int]:
     """About the least that a plan leaves; a short axis goes down to 1, where most code that can't take it fails."""
     chosen: dict[Axis, int] = {}
-    for k, (bundle, unit) in enumerate(_units(coupling)):
-        least = math.ceil(LOW / min(a.size // unit for a in bundle))
-        part = unit if k % KEEPERS == 0 else 1 if unit <= LOW else least + k % 3
-        chosen.update({a: a.size // unit * min(unit, part) for a in bundle})
+    for bundle, unit in _units(coupling):
+        part = 1 if unit <= LOW else math.ceil(LOW / min(a.size // unit for a in bundle))
+        chosen.update({a: a.size // unit * part for a in bundle})
     return chosen
 
 
