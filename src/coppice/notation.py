@@ -44,15 +44,11 @@ class Line:
     operands: tuple[Pattern, ...]
     results: tuple[Pattern, ...]
     mixed: frozenset[str]
+    contracted: frozenset[str]  # summed away: these letters stand in an operand but in no result
 
     @staticmethod
     def letters(patterns: tuple[Pattern, ...]) -> set[str]:
         return {letter for p in patterns for dim in p if not isinstance(dim, Special) for letter in dim if letter != "~"}
-
-    @property
-    def contracted(self) -> set[str]:
-        """Letters that are summed away: they stand in an operand but in no result."""
-        return self.letters(self.operands) - self.letters(self.results)
 
 
 @cache
@@ -63,7 +59,8 @@ def parse(text: str) -> Line:
         raise ValueError(f"no '->' in {text!r}")
     operands = tuple(_pattern(p) for p in left.split(","))
     results = tuple(_pattern(p) for p in right.split(","))
-    return Line(operands, results, frozenset(re.findall(r"([a-z][a-z0-9]*)!", text)))
+    summed = frozenset(Line.letters(operands) - Line.letters(results))
+    return Line(operands, results, frozenset(re.findall(r"([a-z][a-z0-9]*)!", text)), summed)
 
 
 def _pattern(text: str) -> Pattern:

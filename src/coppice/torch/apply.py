@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coppice.coupling import Mask
 from coppice.errors import CoppiceError
 from coppice.planning import Plan
-from coppice.torch.trees import copied
+from coppice.torch.trees import copied, without_collection
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -100,7 +100,8 @@ def _edited_copy(model: nn.Module, plan: Plan, edit: Callable[[Tensor, list[Mask
             if edited is not None:
                 same = nn.Parameter(edited, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else edited
                 memo[id(tensor)] = same
-    pruned: nn.Module = copied(model, memo)
+    with without_collection():
+        pruned: nn.Module = copied(model, memo)
     for path, values in plan.attributes.items():
         module = pruned.get_submodule(path)
         for attribute, value in values.items():

@@ -20,7 +20,7 @@ from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op, Value
 from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, translate
 from coppice.torch.decisions import Decision, decide, decides
-from coppice.torch.trees import leaves, mapped, mapped_only, tensors_in
+from coppice.torch.trees import leaves, mapped, mapped_only, tensors_in, without_collection
 
 # Ops that neither compute nor move anything worth a line in the graph.
 IGNORED = {
@@ -340,7 +340,8 @@ def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
     The first dim of the first input tensor is taken as the batch; costs are counted per sample.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    recorder, output, error = record(model, inputs)
+    with without_collection():
+        recorder, output, error = record(model, inputs)
     if error is not None:
         raise CoppiceError(
             f"the model's forward pass fails on the example inputs ({type(error).__name__}: {error}); check their shapes"

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _AS_IS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type, type(len), type(copy.copy)}
+_OWN = nn.Module().__dict__.keys()  # PyTorch's own containers of a module, which are mostly empty, and nobody else's
 _COPIED_OTHERWISE = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No search for cyclic garbage meanwhile: among the objects that PyTorch alone brings it takes longer than a whole trial."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
@@ -63,8 +78,9 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         memo[id(value)] = made = object.__new__(kind)
         state = value.__getstate__()
         for key, item in state.items():
-            if type(item) not in _AS_IS:
-                state[key] = copied(item, memo)
+            if type(item) in _AS_IS:
+                continue
+            state[key] = type(item)() if key in _OWN and not item else copied(item, memo)
         if kind.__setstate__ is nn.Module.__setstate__:
             made.__dict__ = state
         else:

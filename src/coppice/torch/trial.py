@@ -24,7 +24,7 @@ from coppice.torch.aten import Call, Ref, base_name, by_name, is_made_of_others,
 from coppice.torch.capture import decisions_of, quiet_eval, record, says_nothing, tracking_modules
 from coppice.torch.lockstep import COPIES, VIEWS, Planned, Shape, Sizes, inside, plannable, told_sizes
 from coppice.torch.shapes import ShapeTensor, shape_like, tensors_of
-from coppice.torch.trees import copied, mapped, tensors_in
+from coppice.torch.trees import copied, mapped, tensors_in, without_collection
 
 ON_SHAPES = True  # whether trials run on tensors without values first
 
@@ -52,11 +52,13 @@ class Trials:
 
     def run(self, widths: Mapping[Axis, int], until: int | None = None) -> int | None:
         """The first step at which the code disagrees with ``widths`` (or fails); None where all agree, as far as ``until``."""
-        return self._watched(widths, until)[0]
+        with without_collection():
+            return self._watched(widths, until)[0]
 
     def agrees(self, widths: Mapping[Axis, int]) -> bool:
         """Whether the code runs every planned op, and no other, at ``widths``, on tensors without values."""
-        answer, watch = self._watched(widths) if self._fake else (0, None)
+        with without_collection():
+            answer, watch = self._watched(widths) if self._fake else (0, None)
         return answer is None and watch is not None and not watch.left_any
 
     def _watched(self, widths: Mapping[Axis, int], until: int | None = None) -> tuple[int | None, _Watch]:
@@ -74,8 +76,13 @@ class Trials:
     def trains(self, widths: Mapping[Axis, int]) -> bool:
         """Whether the code also runs in training mode at ``widths``."""
         memo, inputs = self._tensors(widths)
-        with torch.random.fork_rng(devices=[]):
-            return record(self._shrunk(memo, widths), inputs, training=True)[2] is None
+        model = self._shrunk(memo, widths)
+        with torch.random.fork_rng(devices=[]), quiet_eval(model, training=True):
+            try:
+                model(*inputs)
+            except Exception:  # user code may raise anything at all
+                return False
+        return True
 
     def _tensors(self, widths: Mapping[Axis, int]) -> tuple[dict[int, Any], tuple[Any, ...]]:
         """Parameters and buffers of the trial's shapes (by the id of the model's own, as a copy wants them), and the inputs."""
