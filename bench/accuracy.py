@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coppice
+from coppice.criteria import CRITERIA, measure
 from coppice.data import ImageData, load_data, sample_batches
 from coppice.evaluate import evaluate, reestimate_batchnorm
 from coppice.models import load_model
@@ -106,10 +107,10 @@ def macs_of(model: nn.Module, example: Tensor) -> int:
 
 def ours(bench: Bench, cut: float, criterion: str, seed: int, repaired: bool) -> nn.Module:
     coupling = coppice.couple(coppice.capture(bench.dense, bench.example()))
-    from coppice.criteria import CRITERIA
-
     batches = bench.batches(CRITERIA[criterion].batch or 1)
     scores = coppice.score(bench.dense, coupling, criterion, batches, F.cross_entropy, seed)
+    if criterion != "obs":
+        scores = measure(bench.dense, coupling, scores, bench.batches(32))
     plan = coppice.plan(coupling, scores, {"macs": bench.macs / cut}, round_to=bench.round_to, min_width=bench.round_to)
     pruned = coppice.apply(bench.dense, plan).eval()
     images = [x for x, _ in bench.batches(32)]
@@ -221,7 +222,7 @@ def with_norms(bench: Bench, model: nn.Module) -> nn.Module:
     return model
 
 
-def measure(bench: Bench, name: str, make: Callable[[Bench, float], nn.Module], cut: float, epochs: int) -> Row:
+def result(bench: Bench, name: str, make: Callable[[Bench, float], nn.Module], cut: float, epochs: int) -> Row:
     start = time.perf_counter()
     try:
         model = make(bench, cut)
@@ -278,7 +279,7 @@ def main() -> None:
             key = (model, cut, args.epochs if cut > 1 else 0, name)
             if key in {(r["model"], r["cut"], r["epochs"], r["method"]) for r in rows}:
                 continue
-            rows.append({"model": model, "round_to": args.round_to, **measure(bench, name, make, cut, key[2])})
+            rows.append({"model": model, "round_to": args.round_to, **result(bench, name, make, cut, key[2])})
             print(json.dumps(rows[-1]), flush=True)
             if args.out:
                 args.out.write_text(json.dumps({"rows": rows, "versions": versions()}, indent=1) + "\n", encoding="utf-8")

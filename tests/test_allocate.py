@@ -117,3 +117,20 @@ def test_what_cannot_be_reached_names_the_smallest(model: nn.Module, coupling: C
 def test_unknown_allocation(coupling: Coupling, model: nn.Module) -> None:
     with pytest.raises(CoppiceError, match="unknown allocation 'greedy'"):
         coppice.plan(coupling, coppice.score(model, coupling, "l1"), {"macs": 1e5}, "greedy")
+
+
+def test_sparing_takes_back_a_wide_step_that_narrow_ones_make_needless() -> None:
+    """A greedy cut takes the wide axis first, for it saves most for its loss, and then far more has gone than the target asks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    coupling = coppice.couple(coppice.capture(model, torch.ones(1, 4)))
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        scores = Scores({a.id: np.sort(np.random.default_rng(seed + a.id).random(a.width)) * rng.random() for a in coupling.prunable}, True)
+        lost = []
+        for spare in (False, True):
+            plan = coppice.plan(coupling, scores, {"macs": 0.55 * coupling.cost().macs}, round_to=4, min_width=4, spare=spare)
+            keep = {axis.name: list(axis.keep) for axis in plan.axes}
+            lost.append(sum(np.delete(scores[a.id], keep[a.name]).sum() for a in coupling.prunable))
+            assert coupling.cost({a.id: len(keep[a.name]) for a in coupling.prunable}).macs <= 0.55 * coupling.cost().macs
+        assert lost[1] <= lost[0] + 1e-12

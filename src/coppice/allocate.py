@@ -21,17 +21,22 @@ from coppice.planning import Plan, make_plan
 from coppice.saliency import Scores
 
 ALLOCATIONS = ("global", "uniform")
+RECONSIDERED = 48  # bundles whose cut is looked back at: those with the widest steps
 FINEST = 32  # steps an axis is cut in at most: finer steps cost time and change nothing that a grid of 8 lets through
 
 
 @dataclass(slots=True, eq=False)
 class Bundle:
-    """Axes whose widths move in proportion, mostly one. ``levels``: the parts of ``whole`` it may keep, rising; ``at``: the present one."""
+    """Axes whose widths move in proportion, mostly one.
+
+    ``levels``: the parts of ``whole`` it may keep, rising; ``at``: the present one; ``least``: the lowest it may go to.
+    """
 
     axes: list[PrunableAxis]
     whole: int
     levels: list[int]
     at: int
+    least: int = 0
     order: list[np.ndarray] = field(default_factory=list)
 
     def kept(self, axis: PrunableAxis, level: int) -> int:
@@ -45,19 +50,24 @@ def plan(
     allocation: str = "global",
     round_to: int = 8,
     min_width: int = 8,
+    spare: bool = False,
 ) -> Plan:
     """Choose what stays so that the cost meets ``target`` (absolute budgets: ``macs``, ``params``, ``bytes``).
 
     ``global``: the cheapest steps go first, wherever they are: least score for what they save where scores are in one unit (loss), else
     least mean score (each axis against its own mean). ``uniform``: every axis keeps the same share. Within an axis the lowest scores go.
-    No dim gets narrower than ``min_width`` (where it was wider).
+    No dim gets narrower than ``min_width`` (where it was wider). ``spare``: look back at the widest steps of a global cut in units of
+    loss, and spare what need not have gone.
     CoppiceError where the target can't be reached, with the smallest cost that can.
     """
     if allocation not in ALLOCATIONS:
         raise CoppiceError(f"unknown allocation {allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
     work = _Allocation(coupling, scores, dict(target), round_to, min_width)
     work.check_reachable()
-    work.cut_globally() if allocation == "global" else work.cut_uniformly()
+    if allocation == "uniform":
+        work.cut_uniformly()
+    else:
+        work.cut_globally(spare and scores.additive)
     return make_plan(coupling, work.masks())
 
 
@@ -141,13 +151,54 @@ class _Allocation:
             return loss / gain
         return loss / sum(bundle.kept(a, bundle.at) - bundle.kept(a, bundle.at - 1) for a in bundle.axes)
 
-    def cut_globally(self) -> None:
+    def cut_globally(self, spare: bool) -> None:
+        """Greedy; with ``spare`` also with one bundle at a time spared a step or spared wholly, for as long as that loses less.
+
+        A greedy cut takes a wide step early because it saves much for its loss, though the narrow ones that it then could have left alone
+        would have done: this looks back at each such step once.
+        """
+        self._cut_greedily()
+        if not spare:
+            return
+        best = self._lost()
+        widest = sorted((b for b in self.bundles if b.at < len(b.levels) - 1), key=self._step_size, reverse=True)[:RECONSIDERED]
+        for bundle in widest:
+            for least in sorted({min(bundle.at + 1, len(bundle.levels) - 1), len(bundle.levels) - 1}):
+                before, floor = [b.at for b in self.bundles], bundle.least
+                bundle.least = least
+                for other in self.bundles:
+                    self.set_level(other, len(other.levels) - 1)
+                reached = self._cut_greedily()
+                if reached and self._lost() < best * (1 - 1e-9):
+                    best = self._lost()
+                    continue
+                bundle.least = floor
+                for other, level in zip(self.bundles, before, strict=True):
+                    self.set_level(other, level)
+
+    def _lost(self) -> float:
+        """The scores of all that goes."""
+        return sum(
+            float(self.scores[axis.id][order[: axis.width - bundle.kept(axis, bundle.at)]].sum())
+            for bundle in self.bundles
+            for axis, order in zip(bundle.axes, bundle.order, strict=True)
+        )
+
+    def _step_size(self, bundle: Bundle) -> float:
+        """What the bundle's last step saved, as a share of the budgets."""
+        saved = self._saving(bundle, bundle.at + 1)
+        return -sum(saved[k] / budget for k, budget in self.target.items())
+
+    def _cut_greedily(self) -> bool:
+        """Down to the target, the cheapest steps first; whether it was reached."""
         spent = self.total()
         history: list[Bundle] = []
         while over := self.excess(spent):
             keys = set(over)
-            heap = [(self._price(b, over), k) for k, b in enumerate(self.bundles) if b.at > 0]
+            heap = [(self._price(b, over), k) for k, b in enumerate(self.bundles) if b.at > b.least]
             heapq.heapify(heap)
+            if not heap:
+                return False
             while heap and set(self.excess(spent)) == keys:  # prices hold while the same budgets are exceeded
                 _, k = heapq.heappop(heap)
                 bundle = self.bundles[k]
@@ -159,9 +210,10 @@ class _Allocation:
                     spent[kind] -= saved
                 self.set_level(bundle, bundle.at - 1)
                 history.append(bundle)
-                if bundle.at > 0:
+                if bundle.at > bundle.least:
                     heapq.heappush(heap, (self._price(bundle, over), k))
         self._give_back(history, spent)
+        return True
 
     def _give_back(self, history: list[Bundle], spent: dict[str, float]) -> None:
         """The last step overshoots: take back whatever still fits, the dearest first."""

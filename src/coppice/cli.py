@@ -117,7 +117,7 @@ def prune(
     criterion: Annotated[
         Text, typer.Option("--criterion", help="obs, taylor, fisher, l1, ..., random, or auto (tries several) [obs]")
     ] = None,
-    allocation: Annotated[Text, typer.Option("--allocation", help="global or uniform [global]")] = None,
+    allocation: Annotated[Text, typer.Option("--allocation", help="measured, global or uniform [measured]")] = None,
     round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this [8]")] = None,
     min_width: Annotated[int | None, typer.Option("--min-width", help="no axis gets narrower [8]")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="cuts on the way to the target [1]")] = None,

@@ -24,6 +24,7 @@ from coppice.preprocess import Preprocess
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
 
+MEASURED = "measured"  # how many indices of each axis go is decided by what each cut does to the outputs, whatever the criterion
 DISTILL = 0.9  # a loop always has the dense model at hand, and its soft labels are worth more than they cost
 
 
@@ -42,7 +43,7 @@ class RunConfig:
     target: Target = Target()
     max_drop: float | None = None  # points of top-1: decided on validation, judged on test (coppice.floor)
     criterion: str = "obs"
-    allocation: str = "global"
+    allocation: str = MEASURED
     round_to: int = 8
     min_width: int = 8
     steps: int = 1  # cuts to the target
@@ -92,7 +93,10 @@ def _check(config: RunConfig) -> None:
         (0 < config.val_fraction < 1, f"--val-fraction {config.val_fraction}: it lies between 0 and 1"),
         (config.max_drop is None or config.max_drop >= 0, f"--max-drop {config.max_drop}: give points of top-1, 0 or more"),
         (config.criterion in (*CRITERIA, AUTO), f"--criterion {config.criterion}: choose one of {', '.join((*CRITERIA, AUTO))}"),
-        (config.allocation in ALLOCATIONS, f"--allocation {config.allocation}: choose one of {', '.join(ALLOCATIONS)}"),
+        (
+            config.allocation in (MEASURED, *ALLOCATIONS),
+            f"--allocation {config.allocation}: choose one of {', '.join((MEASURED, *ALLOCATIONS))}",
+        ),
         (all(size > 0 for size in config.input), f"--input {config.input}: every size must be 1 or more"),
         (config.num_classes >= 0, f"--num-classes {config.num_classes}: it must be 1 or more"),
         (config.threads >= 0, f"--threads {config.threads}: it must be 1 or more"),

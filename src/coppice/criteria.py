@@ -251,5 +251,16 @@ def score(
     return Scores(_by_axis_mean(scores) if chosen.unit is Unit.AXIS else scores, additive=chosen.unit is Unit.LOSS)
 
 
+def measure(model: Any, coupling: Coupling, scores: Scores, batches: Iterable[Any], seed: int = 0) -> Scores:
+    """``scores`` in units of loss: along the order that they give within each axis, what removing the next index does to the outputs.
+
+    So a criterion says which indices go, and a measurement how many of each axis. ``batches`` are ``(inputs, ...)``; no labels are used.
+    See ``coppice.torch.elimination``. CoppiceError where there are no batches.
+    """
+    orders = {axis.id: np.argsort(scores[axis.id], kind="stable").tolist() for axis in coupling.prunable}
+    inputs = (batch[0] for batch in batches)
+    return Scores(coupling.graph.origin.removal_losses(model, coupling, inputs, seed, orders), additive=True)
+
+
 def _by_axis_mean(scores: Mapping[int, Array]) -> dict[int, Array]:
     return {k: s / mean if (mean := s.mean()) > 0 else s for k, s in scores.items()}

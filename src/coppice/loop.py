@@ -49,6 +49,7 @@ from coppice.stages import (
 from coppice.targets import Target, humanise, parse_target
 from coppice.torch.capture import capture
 
+LATER = 0.5  # each further round of fine-tuning has half the learning rate: at the first one's it would mostly undo what that had settled
 _SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide
 
 
@@ -152,7 +153,7 @@ def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
     if config.target:
         budgets = config.target.resolve(coupling.cost())
         control = score(dense, coupling, "random", None, None, config.seed)  # reaching a budget depends on widths, not on what is kept
-        make_plan(coupling, control, budgets, allocation=config.allocation, round_to=config.round_to, min_width=config.min_width)
+        make_plan(coupling, control, budgets, round_to=config.round_to, min_width=config.min_width)
 
 
 def count_outputs(dense: nn.Module, data: Data) -> int:
@@ -200,7 +201,7 @@ def _approach(
     for again in range(2, rounds + 1):
         if _holds_floor(bench, dense, now) or epochs == 0:
             break
-        longer = _noted(bench, history, tune(bench, f"{prefix}tuned {steps}, round {again}", now, epochs))
+        longer = _noted(bench, history, tune(bench, f"{prefix}tuned {steps}, round {again}", now, epochs, LATER ** (again - 1)))
         if longer.top1 <= now.top1:
             break
         now = longer

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coppice.allocate import plan as make_plan
+from coppice.config import MEASURED
 from coppice.cost import Cost
 from coppice.coupling import Coupling, couple
-from coppice.criteria import AUTO, CRITERIA, TRIED, score
+from coppice.criteria import AUTO, CRITERIA, TRIED, measure, score
 from coppice.data import ImageData, Loaders, batches, sample_batches
 from coppice.errors import CoppiceError
 from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
@@ -131,8 +132,8 @@ class _Cut:
     criterion: str
     plan: Plan
     model: nn.Module
-    verification: Verification
     recovery: Recovery
+    verification: Verification
 
     @property
     def loss(self) -> float:
@@ -157,17 +158,27 @@ def _best_cut(bench: Workbench, name: str, model: nn.Module, coupling: Coupling,
 
 
 def _cut_by(bench: Workbench, name: str, criterion: str, model: nn.Module, coupling: Coupling, budgets: Mapping[str, float]) -> _Cut:
+    """The better of two plans: losses that were measured axis by axis don't add up exactly, so both ways of adding them are tried."""
     config = bench.run.config
     with bench.progress.bar(f"{name}: scoring by {criterion}"):
         images = _calibration(bench, CRITERIA[criterion].batch or 1)
         scores = score(model, coupling, criterion, images, F.cross_entropy, config.seed)
-    step = make_plan(coupling, scores, dict(budgets), allocation=config.allocation, round_to=config.round_to, min_width=config.min_width)
-    with bench.progress.bar(f"{name}: building and verifying"):
-        pruned = apply(model, step)
-        verification = verify(model, pruned, coupling, step)
-    with bench.progress.bar(f"{name}: repairing"):
-        repaired, recovery = _repaired(bench, model, pruned, coupling, step)
-    return _Cut(criterion, step, repaired, verification, recovery)
+    measured = config.allocation == MEASURED
+    if measured and criterion != "obs":  # whose scores are measured losses already
+        with bench.progress.bar(f"{name}: measuring what each axis can lose"):
+            scores = measure(model, coupling, scores, _calibration(bench, REPAIRED_AT_ONCE), config.seed)
+    allocation = "global" if measured else config.allocation
+    plans = [
+        make_plan(coupling, scores, dict(budgets), allocation, config.round_to, config.min_width, spare=spare) for spare in (False, True)
+    ]
+    cuts = []
+    for step in plans if plans[0] != plans[1] else plans[:1]:
+        with bench.progress.bar(f"{name}: building and verifying"):
+            pruned = apply(model, step)
+            verification = verify(model, pruned, coupling, step)
+        with bench.progress.bar(f"{name}: repairing"):
+            cuts.append(_Cut(criterion, step, *_repaired(bench, model, pruned, coupling, step), verification))
+    return min(cuts, key=lambda cut: cut.loss)
 
 
 def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: Coupling, step: Plan) -> tuple[nn.Module, Recovery]:
@@ -180,8 +191,11 @@ def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: C
     return recover(model, pruned, coupling, step, images, reestimate, refit=config.repair, seed=config.seed)
 
 
-def tune(bench: Workbench, name: str, before: Snapshot, epochs: int) -> Snapshot:
-    """Fine-tune for some epochs, by the recipe or with the user's own function. What training makes worse on validation is not taken."""
+def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float = 1.0) -> Snapshot:
+    """Fine-tune for some epochs, by the recipe (its learning rate times `rate`) or with the user's own function.
+
+    What training makes worse on validation is not taken.
+    """
     if epochs == 0:
         return before
     precision = _precision(bench)
@@ -192,7 +206,7 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int) -> Snapshot
     def work() -> Json:
         config = bench.run.config
         model = materialise(bench, before)
-        recipe = replace(config.recipe, epochs=epochs, precision=precision)
+        recipe = replace(config.recipe, epochs=epochs, precision=precision, lr=config.recipe.peak_lr() * rate)
         checkpoint = bench.run.state_path(f"{name}.checkpoint")
         bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
         if bench.train is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import coppice
+from coppice.criteria import measure
 from coppice.torch import elimination
 from coppice.torch.elimination import divergence, removal_losses, removal_paths
 
@@ -99,6 +100,24 @@ def test_an_axis_that_only_activations_sum_over_goes_by_the_norm_of_its_weights(
     losses = removal_losses(model, coupling, batches)[axis.id]
     assert np.isfinite(losses).all()
     assert losses[3] == losses.min()
+
+
+def test_an_order_that_another_criterion_chose_is_followed_and_measured() -> None:
+    torch.manual_seed(0)
+    model = Twins().eval()
+    coupling = coppice.couple(coppice.capture(model, torch.randn(1, 3, 10, 10)))
+    batches = [torch.randn(16, 3, 10, 10) for _ in range(8)]
+    random = coppice.score(model, coupling, "random", seed=5)
+    orders = {axis.id: np.argsort(random[axis.id]).tolist() for axis in coupling.prunable}
+    for axis, path in removal_paths(model, coupling, batches, orders=orders).items():
+        assert path.order == orders[axis]
+    measured = measure(model, coupling, random, [(batch, None) for batch in batches])
+    assert measured.additive
+    greedy = removal_losses(model, coupling, batches)
+    for axis in coupling.prunable:
+        assert np.argsort(measured[axis.id], kind="stable").tolist() == orders[axis.id]
+        assert measured[axis.id].sum() > 0
+    assert sum(measured[a.id].sum() for a in coupling.prunable) >= 0.5 * sum(greedy[a.id].sum() for a in coupling.prunable)
 
 
 def test_too_many_features_are_seen_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,11 +91,18 @@ class Origin:
 
         return activation_scores(model, coupling, batches, statistic)
 
-    def removal_losses(self, model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], seed: int) -> dict[int, NDArray[np.float64]]:
+    def removal_losses(
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        batches: Iterable[Tensor],
+        seed: int,
+        orders: Mapping[int, Sequence[int]] | None = None,
+    ) -> dict[int, NDArray[np.float64]]:
         """The loss that each index of each prunable axis adds when it goes, along the axis's path (``coppice.torch.elimination``)."""
         from coppice.torch.elimination import removal_losses
 
-        return removal_losses(model, coupling, batches, seed)
+        return removal_losses(model, coupling, batches, seed, orders)
 
 
 @dataclass(frozen=True, slots=True)

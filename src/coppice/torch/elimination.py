@@ -69,19 +69,24 @@ class _Reader:
     places: list[list[Tensor]]
 
 
-def removal_losses(model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], seed: int = 0) -> dict[int, Array]:
+def removal_losses(
+    model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], seed: int = 0, orders: Mapping[int, Sequence[int]] | None = None
+) -> dict[int, Array]:
     """Axis id -> for each index the loss that its removal adds, along the axis's path: a divergence from the model's own outputs.
 
-    ``batches`` are model inputs. CoppiceError where there are none.
+    ``batches`` are model inputs; ``orders`` are paths that some other criterion has chosen (axis id -> indices, the first to go first).
+    CoppiceError where there are no batches.
     """
     same = of_one_shape(batches)
     judge = same[HELD_OUT - 1 :: HELD_OUT] or same
     fit = [batch for k, batch in enumerate(same) if k % HELD_OUT != HELD_OUT - 1]
-    paths = removal_paths(model, coupling, fit, seed)
+    paths = removal_paths(model, coupling, fit, seed, orders)
     return _measure(model, paths, judge)
 
 
-def removal_paths(model: nn.Module, coupling: Coupling, batches: Sequence[Tensor], seed: int = 0) -> dict[int, Removal]:
+def removal_paths(
+    model: nn.Module, coupling: Coupling, batches: Sequence[Tensor], seed: int = 0, orders: Mapping[int, Sequence[int]] | None = None
+) -> dict[int, Removal]:
     """The path of every prunable axis by axis id; of one that no layer with a weight sums over, by the norm of its weights."""
     program = Program(model, batches)
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +102,9 @@ def removal_paths(model: nn.Module, coupling: Coupling, batches: Sequence[Tensor
     unread = [axis for axis in coupling.prunable if not readers[axis.atom]]
     norms = per_index(coupling, {name: t.detach().square().numpy() for name, t in model.named_parameters()}) if unread else {}
     return {
-        axis.id: _remove_all(axis.width, readers[axis.atom], tensors) if readers[axis.atom] else _zero_all(axis, coupling, norms, tensors)
+        axis.id: _remove_all(axis.width, readers[axis.atom], tensors, (orders or {}).get(axis.id))
+        if readers[axis.atom]
+        else _zero_all(axis, coupling, norms[axis.id], tensors, (orders or {}).get(axis.id))
         for axis in coupling.prunable
     }
 
@@ -148,13 +155,14 @@ def _losses(path: Removal, measured: Mapping[int, float]) -> Array:
     at = errors[[level - 1 for level in levels]]
     curve = np.interp(errors, at, loss) + np.minimum(errors - at[0], 0) + np.maximum(errors - at[-1], 0)  # outside: in proportion
     scores = np.zeros(len(path.order))
-    scores[path.order] = np.maximum.accumulate(np.diff(np.exp(curve), prepend=0.0))
+    rising = np.maximum.accumulate(np.diff(np.exp(curve), prepend=0.0))
+    scores[path.order] = rising * (1 + 1e-6 * np.arange(len(rising))) + 1e-12 * np.arange(len(rising))  # no ties: sorting gives the path
     return scores
 
 
-def _zero_all(axis: PrunableAxis, coupling: Coupling, norms: Mapping[int, Array], tensors: Tensors) -> Removal:
+def _zero_all(axis: PrunableAxis, coupling: Coupling, norms: Array, tensors: Tensors, given: Sequence[int] | None) -> Removal:
     """The path of an axis that only products of activations sum over (queries with keys): the lowest norms go first, set to zero."""
-    order = np.argsort(norms[axis.id], kind="stable")
+    order = np.argsort(norms, kind="stable") if given is None else np.asarray(given)
     values = {v.names[0]: v for v in coupling.graph.weights() if v.kind is Kind.PARAMETER}
     edits: dict[int, dict[str, Tensor]] = {}
     for level in _levels(axis.width):
@@ -167,7 +175,7 @@ def _zero_all(axis: PrunableAxis, coupling: Coupling, norms: Mapping[int, Array]
                 edits[level][name] = edits[level].get(name, tensors[name].detach()).index_fill(dim, gone, 0)
     touched = {values[name].id for name, _ in axis.sites if name in values}
     first = next((k for k, op in enumerate(coupling.graph.ops) if touched & {*op.inputs, *op.others}), 0)
-    return Removal(first, order.tolist(), np.maximum.accumulate(norms[axis.id][order]).tolist(), edits)
+    return Removal(first, order.tolist(), np.maximum.accumulate(norms[order]).tolist(), edits)
 
 
 def _levels(width: int) -> list[int]:
@@ -226,14 +234,15 @@ def _in_blocks(matrix: Tensor) -> Tensor:
     return matrix.reshape(rows, blocks, -1).transpose(0, 1)
 
 
-def _remove_all(width: int, readers: list[_Reader], tensors: Tensors) -> Removal:
+def _remove_all(width: int, readers: list[_Reader], tensors: Tensors, order: Sequence[int] | None) -> Removal:
     states = [_State(r, g) for r in readers for g in range(len(r.gram)) if any(len(p) for p in r.places[g])]
     path, left, floor = Removal(min(r.layer.index for r in readers), [], [], {}), np.ones(width, bool), 0.0
     step, levels = max(1, width // BLOCKS), _levels(width)
     while left.any():
-        where = np.flatnonzero(left)
+        gone = len(path.order)
+        where = np.flatnonzero(left) if order is None else np.asarray(order[gone : gone + step])
         added = np.sum([state.added(where) for state in states], axis=0)
-        chosen = np.argsort(added, kind="stable")[:step]
+        chosen = np.argsort(added, kind="stable")[:step] if order is None else np.arange(len(where))
         for k in chosen:
             floor = max(floor, float(added[k]))
             path.order.append(int(where[k]))
