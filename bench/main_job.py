@@ -42,7 +42,7 @@ JOBS = {
         "imagenette224",
         "macs=0.6",
         "obs",
-        (*SYMMETRIC, "--epochs", "3", "--rounds", "1", "--batch-size", "32", "--optimizer", "adamw", "--lr", "2e-4", "--freeze-norm"),
+        (*SYMMETRIC, "--epochs", "8", "--rounds", "1", "--batch-size", "32", "--optimizer", "adamw", "--lr", "1e-4", "--freeze-norm"),
     ),
 }
 

@@ -99,7 +99,7 @@ def test_a_module_and_loaders_and_a_training_function_of_my_own(
 
 
 def test_loaders_without_a_training_function_use_the_recipe(model: nn.Module, loaders: tuple[Loader, Loader, Loader]) -> None:
-    result = coppice.prune(model, loaders, {"macs": 0.5}, criterion="l2", **QUICK)
+    result = coppice.prune(model, loaders, {"macs": 0.3}, criterion="random", repair=False, **QUICK)
     assert result.path is None
     tuned = result.metrics["history"][-1]
     assert tuned["epochs"] == 1
