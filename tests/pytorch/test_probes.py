@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import coppice
-from coppice.axes import find
+from coppice.axes import atoms, find
 from coppice.torch.capture import Origin
 from coppice.torch.known import bind_known_modules
-from coppice.torch.probes import agrees_at_once, prime_widths
+from coppice.torch.probes import agrees_at_once, fits, prime_widths
 from coppice.torch.trees import copied
 from coppice.torch.trial import Trials
 
@@ -68,6 +68,20 @@ def test_prime_widths_are_in_no_simple_relation() -> None:
     assert len(widths) == 2
     assert all(b % a and b < 2 * a for a, b in itertools.pairwise(widths))
     assert {find(a) for a in prime_widths(coupling)} == {axis.atom for axis in coupling.prunable}
+
+
+class ManyFactors(nn.Module):
+    """One axis as a product of nine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], *[2] * 9, *x.shape[2:]).relu().flatten(1, 9)
+
+
+def test_an_axis_of_more_factors_than_a_tensor_can_count_is_left_to_the_search() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 512, 1), ManyFactors(), nn.Conv2d(512, 4, 1)).eval()
+    coupling = coppice.couple(coppice.capture(model, torch.randn(1, 3, 4, 4)))
+    assert not fits(coupling, dict.fromkeys((a for dims in coupling.dims for d in dims for a in atoms(d)), 257))
+    assert fits(coupling, {})
 
 
 class Equal(nn.Module):

@@ -8,19 +8,39 @@ size, or where two sizes happen to be equal. A disagreement says nothing about w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from coppice.axes import Axis
 from coppice.coupling import Coupling
+from coppice.graph import Kind
+from coppice.torch.lockstep import Sizes
 from coppice.torch.trial import Trials
 
 OCTAVE = 256  # the least prime is larger than most sizes that code has for other reasons
+MOST, MOST_WITH_VALUES = 2**48, 2**24  # elements of a tensor
 LOW = 8  # the width that a plan leaves at least, if it is not told otherwise
 
 
 def agrees_at_once(trials: Trials, coupling: Coupling) -> bool:
     """Whether both trials agree, op by op."""
-    return bool(coupling.prunable) and trials.agrees(prime_widths(coupling)) and trials.agrees(low_widths(coupling))
+    if not coupling.prunable:
+        return False
+    prime = prime_widths(coupling)
+    return fits(coupling, prime) and trials.agrees(prime) and trials.agrees(low_widths(coupling))
+
+
+def fits(coupling: Coupling, widths: Mapping[Axis, int]) -> bool:
+    """Whether a trial at ``widths`` can be had: an axis of many factors, each a prime, outgrows what a tensor may count.
+
+    What the code makes of numbers alone has values in a trial, and so takes memory.
+    """
+    graph, sizes = coupling.graph, Sizes(widths)
+    counts = [math.prod(sizes.shape(dims)) for dims in coupling.dims]
+    from_data = {v.id for v in graph.values if v.kind in (Kind.PARAMETER, Kind.INPUT)}
+    for op in graph.ops:
+        if any(v in from_data for v in (*op.inputs, *op.others)):
+            from_data.update(op.outputs)
+    return all(count <= (MOST if k in from_data else MOST_WITH_VALUES) for k, count in enumerate(counts))
 
 
 def _units(coupling: Coupling) -> Iterator[tuple[tuple[Axis, ...], int]]:
