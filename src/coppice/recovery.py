@@ -8,6 +8,7 @@ halfway between is a candidate too.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.forward import logits, norms_with_statistics, training_mode
 from coppice.planning import Plan
-from coppice.torch.elimination import HELD_OUT, divergence
+from coppice.torch.elimination import divergence
+from coppice.torch.program import HELD_OUT
 from coppice.torch.repair import repair
 
 
@@ -70,7 +72,7 @@ def recover(
     judge = batches[HELD_OUT - 1 :: HELD_OUT] or batches
     goal = _outputs(dense, judge)
     tried = {name: float(divergence(_outputs(model, judge), goal)) for name, model in candidates.items()}
-    kept = min(tried, key=lambda name: tried[name])
+    kept = min(tried, key=lambda name: tried[name] if math.isfinite(tried[name]) else math.inf)
     return candidates[kept], Recovery(tuple(tried.items()), kept, refitted, refused)
 
 

@@ -117,3 +117,51 @@ def test_recovery_keeps_the_best_and_leaves_what_it_was_given() -> None:
     assert all(torch.equal(t, before[name]) for name, t in pruned.state_dict().items())
     _, recovery = recover(model, pruned, coupling, plan, batches, reestimate, refit=False)
     assert {name for name, _ in recovery.tried} == {"as cut", "BatchNorm re-estimated"}
+
+
+class SequenceFirst(nn.Module):
+    """Tokens before samples: with one sample a view and one fused linear op, with several a copy, a product and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.wide, self.narrow, self.head = nn.Linear(6, 6), nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 4)
+        self.unused = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x.transpose(0, 1))
+        self.unused(x)
+        x = x + self.narrow(torch.relu(self.wide(x)))
+        scores: Tensor = self.head(x.mean(0))
+        return scores
+
+
+def test_batches_of_another_size_than_the_example_run_other_ops() -> None:
+    torch.manual_seed(0)
+    model = SequenceFirst().eval()
+    example, batches = torch.randn(1, 5, 6), [torch.randn(16, 5, 6) for _ in range(8)]
+    names = [[op.name for op in coppice.capture(model, x).ops] for x in (example, batches[0])]
+    assert names[0] != names[1], "this network no longer shows what the test is about"
+    coupling = coppice.couple(coppice.capture(model, example))
+    pairs = [(batch, torch.zeros(16, dtype=torch.long)) for batch in batches]
+    for criterion in ("obs", "wanda"):
+        scores = coppice.score(model, coupling, criterion, pairs)
+        plan = coppice.plan(coupling, scores, {"macs": 0.6 * coupling.cost().macs}, round_to=1, min_width=1)
+        pruned = coppice.apply(model, plan).eval()
+        coppice.verify(model, pruned, coupling, plan)
+        fresh = torch.randn(64, 5, 6)
+        bare = error(pruned, model, fresh)
+        assert repair(model, pruned, coupling, plan, batches)
+        assert error(pruned, model, fresh) < bare
+
+
+def test_a_candidate_that_is_not_finite_is_never_kept() -> None:
+    model = redundant()
+    batches = [torch.randn(32, 3, 8, 8) for _ in range(8)]
+    coupling, plan, pruned = cut(model, batches[0][:1], ("conv.weight", 0), [4, 5, 6, 7])
+    pruned.get_parameter("head.bias").data.fill_(float("nan"))
+
+    def reestimate(edited: nn.Module) -> None:
+        edited.get_parameter("head.bias").data.zero_()
+
+    _, recovery = recover(model, pruned, coupling, plan, batches, reestimate, refit=False)
+    assert recovery.kept == "BatchNorm re-estimated"

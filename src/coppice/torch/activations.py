@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coppice.coupling import Coupling
 from coppice.saliency import share_out
 from coppice.torch.layers import Layer, find_layers
-from coppice.torch.program import Program, of_one_shape
+from coppice.torch.program import Program, coupled_on, of_one_shape
 
 MAPS = 16  # images whose maps are decomposed
 SMALLEST = 1e-3  # ridge of a correlation matrix
@@ -62,15 +62,17 @@ def activation_scores(model: nn.Module, coupling: Coupling, batches: Iterable[Te
 
     An axis that no layer with a weight reads has equal scores.
     """
-    program = Program(model, of_one_shape(batches))
-    ids = {axis.atom: axis.id for axis in coupling.prunable}
+    same = of_one_shape(batches)
+    here, program = coupled_on(model, coupling, same[0]), Program(model, same)
+    outside = {axis.name: axis.id for axis in coupling.prunable}
+    ids = {axis.atom: outside[axis.name] for axis in here.prunable}
     scores: dict[int, NDArray[Any]] = {axis.id: np.zeros(axis.width) for axis in coupling.prunable}
     weights = dict(model.named_parameters(remove_duplicate=False))
     for layer in find_layers(program):
         program.advance(layer.index)
         weight = _by_input(layer, weights[layer.weight].detach())
         found = [STATISTICS[statistic](_channels(layer, program.value(layer.input, k)), weight) for k in range(program.active)]
-        axis = coupling.dims[layer.input][1 if layer.kernel else -1]
+        axis = here.dims[layer.input][1 if layer.kernel else -1]
         share_out(axis, torch.stack(found).double().mean(0).numpy(), ids, scores)
     return {axis: found if found.any() else np.ones_like(found) for axis, found in scores.items()}
 

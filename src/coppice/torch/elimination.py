@@ -25,7 +25,7 @@ from coppice.coupling import Coupling, PrunableAxis, keep_mask
 from coppice.graph import Kind
 from coppice.saliency import per_index
 from coppice.torch.layers import Layer, find_layers
-from coppice.torch.program import Program, of_one_shape
+from coppice.torch.program import HELD_OUT, Program, coupled_on, named_tensors, of_one_shape
 
 RIDGE = 1e-3  # relative to the mean of the Gram matrix's diagonal
 SCARCITY = 0.1  # and as much more as there are features for a sample
@@ -34,7 +34,6 @@ MOST_SAMPLES = 16384
 LARGEST = 4608  # features whose Gram matrix is kept whole; of more, diagonal blocks
 BLOCKS = 96  # groups that go at a time are a BLOCKSth of all: beyond that the path hardly changes and the time does
 LEVELS = (0.25, 0.5, 0.75)  # shares of an axis removed at which the loss is measured
-HELD_OUT = 4  # every HELD_OUT-th batch measures, the others fit
 TEMPERATURE = 3.0  # of the divergence: at 1 a model that is sure of its training images hides what it lost
 
 Array = NDArray[np.float64]
@@ -80,14 +79,20 @@ def removal_losses(
     same = of_one_shape(batches)
     judge = same[HELD_OUT - 1 :: HELD_OUT] or same
     fit = [batch for k, batch in enumerate(same) if k % HELD_OUT != HELD_OUT - 1]
-    paths = removal_paths(model, coupling, fit, seed, orders)
-    return _measure(model, paths, judge)
+    here = coupled_on(model, coupling, same[0])
+    ids = {axis.name: axis.id for axis in here.prunable}
+    given = None if orders is None else {ids[axis.name]: orders[axis.id] for axis in coupling.prunable}
+    losses = _measure(model, removal_paths(model, here, fit, seed, given), judge)
+    return {axis.id: losses[ids[axis.name]] for axis in coupling.prunable}
 
 
 def removal_paths(
     model: nn.Module, coupling: Coupling, batches: Sequence[Tensor], seed: int = 0, orders: Mapping[int, Sequence[int]] | None = None
 ) -> dict[int, Removal]:
-    """The path of every prunable axis by axis id; of one that no layer with a weight sums over, by the norm of its weights."""
+    """The path of every prunable axis by axis id; of one that no layer with a weight sums over, by the norm of its weights.
+
+    ``coupling`` is of a recording on such batches (:func:`coupled_on`).
+    """
     program = Program(model, batches)
     generator = torch.Generator().manual_seed(seed)
     readers: dict[Axis, list[_Reader]] = {axis.atom: [] for axis in coupling.prunable}
@@ -98,13 +103,13 @@ def removal_paths(
             gram, mean, energy, weight = _gram(program, layer, generator)
             for atom in read:
                 readers[atom].append(_Reader(layer, gram, mean, weight, energy, _places(layer, coupling, atom, gram.shape[:2])))
-    tensors = _tensors(model)
+    tensors = named_tensors(model)
     unread = [axis for axis in coupling.prunable if not readers[axis.atom]]
     norms = per_index(coupling, {name: t.detach().square().numpy() for name, t in model.named_parameters()}) if unread else {}
     return {
         axis.id: _remove_all(axis.width, readers[axis.atom], tensors, (orders or {}).get(axis.id))
         if readers[axis.atom]
-        else _zero_all(axis, coupling, norms[axis.id], tensors, (orders or {}).get(axis.id))
+        else _zero_all(axis, coupling, program, norms[axis.id], (orders or {}).get(axis.id))
         for axis in coupling.prunable
     }
 
@@ -112,7 +117,7 @@ def removal_paths(
 def _measure(model: nn.Module, paths: Mapping[int, Removal], batches: Sequence[Tensor]) -> dict[int, Array]:
     """The loss that each index adds along its path: measured at each level for each axis alone, between them as the path's errors go."""
     model = copy.deepcopy(model).eval()
-    tensors = _tensors(model)
+    tensors = named_tensors(model)
     program = Program(model, batches)
     program.advance(0)
     dense = torch.cat(program.finish())
@@ -137,10 +142,6 @@ def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean") * TEMPERATURE**2
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
-
 @torch.no_grad()
 def _write(tensors: Tensors, values: Tensors) -> None:
     for name, value in values.items():
@@ -160,9 +161,10 @@ def _losses(path: Removal, measured: Mapping[int, float]) -> Array:
     return scores
 
 
-def _zero_all(axis: PrunableAxis, coupling: Coupling, norms: Array, tensors: Tensors, given: Sequence[int] | None) -> Removal:
+def _zero_all(axis: PrunableAxis, coupling: Coupling, program: Program, norms: Array, given: Sequence[int] | None) -> Removal:
     """The path of an axis that only products of activations sum over (queries with keys): the lowest norms go first, set to zero."""
     order = np.argsort(norms, kind="stable") if given is None else np.asarray(given)
+    tensors = named_tensors(program.model)
     values = {v.names[0]: v for v in coupling.graph.weights() if v.kind is Kind.PARAMETER}
     edits: dict[int, dict[str, Tensor]] = {}
     for level in _levels(axis.width):
@@ -173,8 +175,8 @@ def _zero_all(axis: PrunableAxis, coupling: Coupling, norms: Array, tensors: Ten
             if name in values:
                 gone = torch.from_numpy(np.flatnonzero(~keep_mask(coupling.dims[values[name].id][dim], {axis.atom: stays})))
                 edits[level][name] = edits[level].get(name, tensors[name].detach()).index_fill(dim, gone, 0)
-    touched = {values[name].id for name, _ in axis.sites if name in values}
-    first = next((k for k, op in enumerate(coupling.graph.ops) if touched & {*op.inputs, *op.others}), 0)
+    touched = {v.id for v in program.values if {name for name, _ in axis.sites} & set(v.names)}
+    first = next((k for k, op in enumerate(program.ops) if touched & {*op.inputs, *op.others}), 0)
     return Removal(first, order.tolist(), np.maximum.accumulate(norms[order]).tolist(), edits)
 
 
@@ -204,7 +206,7 @@ def _places(layer: Layer, coupling: Coupling, atom: Axis, shape: Sequence[int]) 
 
 
 def _gram(program: Program, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor, float, Tensor]:
-    weight = _in_blocks(layer.matrix(_tensors(program.model)[layer.weight].detach())).double()
+    weight = _in_blocks(layer.matrix(named_tensors(program.model)[layer.weight].detach())).double()
     groups, _, features = weight.shape
     total, mean, n = torch.zeros(groups, features, features, dtype=torch.float64), torch.zeros(groups, features, dtype=torch.float64), 0
     shape = program.values[layer.output].shape

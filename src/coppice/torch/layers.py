@@ -125,13 +125,14 @@ def _patches(
 
 
 def find_layers(program: Program) -> list[Layer]:
-    """The layers of a recording whose weight is a parameter that nothing else reads; in order."""
+    """The layers of a recording whose results are used and whose weight is a parameter that nothing else reads; in order."""
     reads = Counter(v for op in program.ops for v in {*op.inputs, *op.others} if v is not None)
     made = {out: op for op in program.ops for out in op.outputs}
     found = []
     for k, op in enumerate(program.ops):
         layer = _layer(k, op, program.values, made)
-        if layer is not None and all(reads[v.id] <= 1 for v in program.values if layer.weight in v.names):
+        used = layer is not None and (reads[layer.output] > 0 or layer.output in program.outputs)
+        if layer is not None and used and all(reads[v.id] <= 1 for v in program.values if layer.weight in v.names):
             use = only_use(program, layer.output, k)
             norm = _norm(program.ops[use], program.values) if use is not None and program.ops[use].rule == "batch_norm" else None
             found.append(replace(layer, norm=norm))

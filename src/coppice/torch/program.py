@@ -13,12 +13,14 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from coppice.coupling import Coupling, couple
 from coppice.errors import CoppiceError
 from coppice.graph import Kind, Op, Value
 from coppice.torch.aten import Ref
-from coppice.torch.capture import quiet_eval, record
+from coppice.torch.capture import capture, quiet_eval, record
 from coppice.torch.trees import leaves, mapped_only, tensors_in
 
+HELD_OUT = 4  # every HELD_OUT-th calibration batch judges, the others are fitted to
 MEMORY = 3 * 2**30  # bytes of intermediate values that are held at a time
 
 
@@ -45,7 +47,7 @@ class Program:
         self._env: list[dict[int, Tensor]] = []
         self._ends = self._lifetimes()
         self._room = self._batches_that_fit(memory)
-        self._tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        self._tensors = named_tensors(model)
 
     @property
     def active(self) -> int:
@@ -120,6 +122,28 @@ class Program:
     def value(self, value: int, batch: int) -> Tensor:
         """What ``value`` is now for one of the active batches."""
         return self._read(value, self._env[batch])
+
+
+def coupled_on(model: nn.Module, coupling: Coupling, batch: Tensor) -> Coupling:
+    """``coupling`` as it is when ``model`` runs on ``batch``: its ops and values are those of a :class:`Program`, its axes' names the same.
+
+    PyTorch runs other ops for other batch sizes: a reshape of one sample is a view where that of many is a copy.
+    CoppiceError where other axes are prunable then.
+    """
+    given = coupling.graph.origin.inputs
+    if len(given) == 1 and isinstance(given[0], Tensor) and given[0].shape == batch.shape:
+        return coupling
+    here = couple(capture(model, batch))
+    if {a.name: a.width for a in here.prunable} != {a.name: a.width for a in coupling.prunable}:
+        raise CoppiceError(
+            f"on batches of {len(batch)} images the model has other axes than on the example input; capture it with such a batch"
+        )
+    return here
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under each of its names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def of_one_shape(batches: Iterable[Tensor]) -> list[Tensor]:

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,15 +21,15 @@ from coppice.coupling import Coupling, Mask, keep_mask
 from coppice.errors import CoppiceError
 from coppice.graph import Op
 from coppice.planning import Plan, masks_by_atom
+from coppice.torch.apply import sliced
 from coppice.torch.aten import base_name
 from coppice.torch.layers import Layer, Norm, find_layers, only_use
 from coppice.torch.lockstep import COPIES
-from coppice.torch.program import Program, of_one_shape
+from coppice.torch.program import HELD_OUT, Program, coupled_on, named_tensors, of_one_shape
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # tried on held-out images, relative to the mean of the Gram matrix's diagonal
 SAMPLES_A_FEATURE = 24  # rows of the least-squares problem for each of its unknowns, where there are that many
 LARGEST = 6144  # features of a layer whose normal equations are worth solving
-HELD_OUT = 4  # every HELD_OUT-th batch judges, the others fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,9 @@ def repair(dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, 
     ``plan`` is what made ``pruned`` from ``dense``, ``coupling`` is ``dense``'s. A layer with more than LARGEST inputs, or a weight that is
     read twice, is left as it is. CoppiceError where there are no batches, or the two models don't run the same ops.
     """
-    return _Repair(dense, pruned, coupling, masks_by_atom(coupling, plan), of_one_shape(batches), seed).run()
+    same = of_one_shape(batches)
+    coupling = coupled_on(dense, coupling, same[0])
+    return _Repair(dense, pruned, coupling, masks_by_atom(coupling, plan), same, seed).run()
 
 
 class _Repair:
@@ -95,8 +96,8 @@ class _Repair:
         self.dims = coupling.dims
         self.layers = find_layers(self.dense)
         self.sliced = {layer.weight: layer for layer in find_layers(self.pruned)}
-        self.twin = _align(self.dense.ops, self.pruned.ops)
-        self.tensors = {**dict(pruned.named_parameters(remove_duplicate=False)), **dict(pruned.named_buffers(remove_duplicate=False))}
+        self.twin = _twins(self.dense.ops, self.pruned.ops)
+        self.tensors = named_tensors(pruned)
         self.generator = torch.Generator().manual_seed(seed)
 
     def run(self) -> list[Refit]:
@@ -106,6 +107,10 @@ class _Repair:
             if small is not None and layer.index in self.twin and math.prod(self.tensors[small.weight].shape[1:]) <= LARGEST:
                 done.append(self._refit(layer, small))
         return done
+
+    def masks(self, value: int) -> list[Mask]:
+        """Which indices of each dim of a dense value stay."""
+        return [keep_mask(axis, self.keep) for axis in self.dims[value]]
 
     def _refit(self, layer: Layer, small: Layer) -> Refit:
         goal = _Goal.find(layer, self.dense, self.pruned, self.twin, {other.index for other in self.layers})
@@ -196,11 +201,7 @@ class _Goal:
 
     def of(self, work: _Repair, batch: int) -> Tensor:
         """The goal for one batch, of the shape of the pruned layer's result."""
-        tensor = work.dense.value(self.value, batch)
-        for dim, axis in enumerate(work.dims[self.value]):
-            mask = keep_mask(axis, work.keep)
-            if not mask.all():
-                tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask)))
+        tensor = sliced(work.dense.value(self.value, batch), work.masks(self.value))
         if self.other is None:
             return tensor
         return self._before_norm(tensor - work.pruned.value(self.other, batch), work)
@@ -213,7 +214,7 @@ class _Goal:
         return (tensor - shift.view(shape)) / scale.view(shape)
 
 
-def _align(dense: Sequence[Op], pruned: Sequence[Op]) -> dict[int, int]:
+def _twins(dense: Sequence[Op], pruned: Sequence[Op]) -> dict[int, int]:
     """Dense op -> the op of the pruned model's recording that does the same; copies are left out. CoppiceError if they differ."""
     left, right = ([k for k, op in enumerate(ops) if base_name(op.call.func) not in COPIES] for ops in (dense, pruned))
     if [dense[k].rule for k in left] != [pruned[k].rule for k in right]:
