@@ -224,6 +224,11 @@ def test_resume_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["export", "nowhere"], "no run folder"),
         (["export", "nowhere", "--to", "tflite"], "only format"),
         (["prune", "--steps", "many"], "--steps"),
+        (["sensitivity", "--model", MODEL], "--data"),
+        (["sensitivity", "--model", MODEL, "--data", "digits", "--out", "plot.jpeg"], ".html, .svg, .png"),
+        (["sensitivity", "--model", MODEL, "--data", "digits", "--images", "0"], "--images 0"),
+        (["sensitivity", "--model", MODEL, "--data", "digits", "--parts", "half"], "--parts half"),
+        (["sensitivity", "--model", MODEL, "--data", "digits", "--criterion", "auto"], "unknown criterion 'auto'"),
         (["shrink"], "shrink"),
     ],
     ids=" ".join,
@@ -268,6 +273,39 @@ def test_inspect_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "model output" in said
     assert "axes can be cut" in said
+
+
+def test_sensitivity_as_a_table_as_json_and_as_a_page(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["sensitivity", "--model", MODEL, "--weights", str(weights), "--data", "digits", "--calibration", "64", "--images", "64"]
+    line += ["--threads", "1", "--criterion", "l1"]
+    page = tmp_path / "curves.html"
+    assert run([*line, "--out", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "stem.0.weight:0" in said
+    assert "dense top-1" in said
+    assert "</html>" in page.read_text(encoding="utf-8")
+    assert run([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    gives = [curve["gives"] for curve in found["curves"]]
+    assert gives == sorted(gives, reverse=True)
+    assert all(0 < point["saved"] < 1 for curve in found["curves"] for point in curve["points"])
+    assert run([*line, "--out", str(page)]) == 2
+    assert "exists already" in sentence(capsys)
+
+
+def test_ctrl_c_while_measuring_writes_nothing(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coppice.loop.sensitivity", interrupted)
+    out = tmp_path / "curves.svg"
+    assert (
+        run(["sensitivity", "--model", MODEL, "--weights", str(weights), "--data", "digits", "--criterion", "l1", "--out", str(out)]) == 130
+    )
+    assert "before anything was written" in sentence(capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

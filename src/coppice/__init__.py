@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from coppice.allocate import plan
     from coppice.coupling import couple
     from coppice.criteria import score
+    from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
     from coppice.loop import Result, prune
     from coppice.planning import Plan, remove
@@ -37,12 +38,13 @@ _HOMES = {
     "remove": "coppice.planning",
     "repair": "coppice.torch.repair",
     "score": "coppice.criteria",
+    "sensitivity": "coppice.curves",
     "verify": "coppice.torch.verify",
 }
 
 __all__ = [
     "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "plan", "prune", "remove", "repair",
-    "score", "verify",
+    "score", "sensitivity", "verify",
 ]  # fmt: skip
 
 

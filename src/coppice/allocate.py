@@ -74,7 +74,7 @@ def plan(
 class _Allocation:
     def __init__(self, coupling: Coupling, scores: Scores, target: dict[str, float], round_to: int, min_width: int) -> None:
         self.coupling, self.scores, self.target = coupling, scores, target
-        self.bundles = [b for b in (_bundle(coupling, atoms_, round_to, min_width) for atoms_ in coupling.bundles()) if len(b.levels) > 1]
+        self.bundles = bundles_on_grid(coupling, round_to, min_width)
         self.widths: dict[Axis, int] = {}
         moving = {axis.atom for bundle in self.bundles for axis in bundle.axes}
         self.terms = [t.within(moving) for t in coupling.cost_terms if t.kind in target]
@@ -247,6 +247,12 @@ class _Allocation:
                 mask[order[: axis.width - bundle.kept(axis, bundle.at)]] = False
                 found[axis.id] = mask
         return found
+
+
+def bundles_on_grid(coupling: Coupling, round_to: int, min_width: int) -> list[Bundle]:
+    """What can move, and the levels that it can move to; what the grid leaves no level is left out."""
+    found = [_bundle(coupling, together, round_to, min_width) for together in coupling.bundles()]
+    return [bundle for bundle in found if len(bundle.levels) > 1]
 
 
 def _bundle(coupling: Coupling, together: tuple[Axis, ...], round_to: int, min_width: int) -> Bundle:

@@ -1,4 +1,4 @@
-"""The command line: `coppice inspect | prune | eval | export | demo`.
+"""The command line: `coppice inspect | sensitivity | prune | eval | export | demo`.
 
 Exit status: 0 done, 1 a fault of ours, 2 bad input or a target or floor that does not hold (one sentence on stderr), 130 interrupted.
 """
@@ -23,6 +23,7 @@ from coppice.errors import CoppiceError
 if TYPE_CHECKING:
     from coppice.config import RunConfig
     from coppice.coupling import Coupling
+    from coppice.curves import Sensitivity
     from coppice.loop import Result
     from coppice.run import Json
 
@@ -47,6 +48,10 @@ Split = Annotated[
 ValFraction = Annotated[float | None, typer.Option("--val-fraction", help="part of train that decisions are taken on [0.1]")]
 Seed = Annotated[int | None, typer.Option("--seed", help="everything random derives from it [0]")]
 Threads = Annotated[int | None, typer.Option("--threads", help="PyTorch threads [one a core]")]
+Criterion = Annotated[Text, typer.Option("--criterion", help="obs, taylor, fisher, l1, ..., random, or auto (tries several) [obs]")]
+RoundTo = Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this [8]")]
+MinWidth = Annotated[int | None, typer.Option("--min-width", help="no axis gets narrower [8]")]
+Calibration = Annotated[int | None, typer.Option("--calibration", help="training images for the scores and the repair [512]")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on stdout")]
 
 
@@ -93,6 +98,56 @@ def inspect(
 
 
 @app.command()
+def sensitivity(
+    model: Model,
+    weights: Weights = None,
+    data: DataSpec = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    num_classes: NumClasses = None,
+    split: Split = None,
+    val_fraction: ValFraction = None,
+    criterion: Annotated[Text, typer.Option("--criterion", help="says which indices stay: obs, taylor, l1, ..., random [obs]")] = None,
+    round_to: RoundTo = None,
+    min_width: MinWidth = None,
+    calibration: Calibration = None,
+    images: Annotated[int, typer.Option("--images", help="validation images that each cut is judged on")] = 512,
+    parts: Annotated[str, typer.Option("--parts", help="how much of an axis stays", metavar="PART,PART")] = "0.75,0.5,0.25",
+    limit: Annotated[float | None, typer.Option("--limit", help="the divergence that is little [the median of all]")] = None,
+    repair: Annotated[bool | None, typer.Option("--repair/--no-repair", help="refit what reads the axis first [yes]")] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option("--out", help="a page or a picture: .html, .svg or .png", metavar="FILE")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what each axis alone loses as it gets narrower, and what that saves: where a model can be cut, and where it can't."""
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("images", "parts", "limit", "out", "as_json")}
+    from coppice.curves_report import check_out, write
+    from coppice.loop import measure_sensitivity
+    from coppice.pictures import check_renderer
+
+    settings = _settings(given, None)
+    if not settings.data:
+        raise CoppiceError("name the data with --data")
+    shares = _numbers("--parts", parts, float)
+    if images < 1:
+        raise CoppiceError(f"--images {images}: it must be 1 or more")
+    if out is not None:
+        check_renderer()
+        check_out(out)
+    with _guarded(None):
+        found = measure_sensitivity(settings, shares, images, limit, progress=_terminal())
+    if out is not None:
+        write(found, out, f"{model.rpartition(':')[2]}: sensitivity, by {settings.criterion}")
+    if as_json:
+        typer.echo(json.dumps({"model": model, "criterion": settings.criterion, "repair": settings.repair, **found.to_dict()}, indent=1))
+    else:
+        _print_curves(found)
+
+
+@app.command()
 def prune(
     model: Annotated[Text, typer.Option("--model", help="FILE.py:factory, torchvision:NAME or timm:NAME", metavar="SPEC")] = None,
     weights: Weights = None,
@@ -114,16 +169,14 @@ def prune(
     num_classes: NumClasses = None,
     split: Split = None,
     val_fraction: ValFraction = None,
-    criterion: Annotated[
-        Text, typer.Option("--criterion", help="obs, taylor, fisher, l1, ..., random, or auto (tries several) [obs]")
-    ] = None,
+    criterion: Criterion = None,
     allocation: Annotated[Text, typer.Option("--allocation", help="measured, global or uniform [measured]")] = None,
-    round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this [8]")] = None,
-    min_width: Annotated[int | None, typer.Option("--min-width", help="no axis gets narrower [8]")] = None,
+    round_to: RoundTo = None,
+    min_width: MinWidth = None,
     steps: Annotated[int | None, typer.Option("--steps", help="cuts on the way to the target [1]")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="fine-tunings while the floor does not hold [2]")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="probes of the bisection with --max-drop alone [5]")] = None,
-    calibration: Annotated[int | None, typer.Option("--calibration", help="training images for the scores and the repair [512]")] = None,
+    calibration: Calibration = None,
     repair: Annotated[bool | None, typer.Option("--repair/--no-repair", help="refit the layers after a cut [yes]")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="fine-tuning epochs in all [3]")] = None,
     optimizer: Annotated[Text, typer.Option("--optimizer", help="sgd or adamw [sgd]")] = None,
@@ -343,18 +396,18 @@ def _finish(folder: Path, work: Callable[[], Result]) -> None:
 
 
 @contextmanager
-def _guarded(folder: Path) -> Iterator[None]:
-    """Say how to go on after Ctrl-C, and keep the traceback of a fault of ours out of the terminal but not out of reach."""
+def _guarded(folder: Path | None) -> Iterator[None]:
+    """Say how to go on after Ctrl-C (with a run in `folder`), and keep the traceback of a fault of ours out of the terminal but not out of reach."""
     try:
         yield
     except KeyboardInterrupt:
-        started = (folder / "config.toml").exists()
+        started = folder is not None and (folder / "config.toml").exists()
         _complain(f"stopped; go on with: coppice prune --resume {folder}" if started else "stopped before anything was written")
         raise typer.Exit(130) from None
     except (CoppiceError, typer.Exit):
         raise
     except Exception as error:
-        _complain(_fault(error, folder if folder.is_dir() else Path(tempfile.gettempdir())))
+        _complain(_fault(error, folder if folder and folder.is_dir() else Path(tempfile.gettempdir())))
         raise typer.Exit(1) from None
 
 
@@ -398,6 +451,28 @@ def _print_axes(found: Mapping[str, Any]) -> None:
     )
     on_free = f"{100 * found['prunable_share']:.1f} % of the parameters lie on an axis that can be cut"
     console.print(f"{len(free)} axes can be cut, {len(found['axes']) - len(free)} are pinned; {on_free}. {totals}.", markup=False)
+
+
+def _print_curves(found: Sensitivity) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from coppice.curves_report import cells
+
+    most = max(len(curve.points) for curve in found.curves)
+    table = Table(box=None, header_style="bold")
+    table.add_column("axis", overflow="fold", min_width=20)
+    for column in ("width", "gives MACs", *[""] * most):
+        table.add_column(column, justify="right")
+    for curve in found.curves:
+        name = curve.axis + "".join(f" ~ {other}" for other in curve.tied)
+        table.add_row(name, str(curve.width), f"{100 * curve.gives(found.limit):.1f} %", *cells(curve))
+    console = Console(highlight=False)
+    console.print(table)
+    cell = "width that stays: divergence from the dense outputs" + (", points of top-1" if found.top1 is not None else "")
+    dense = f" (dense top-1 {found.top1:.2f} %)" if found.top1 is not None else ""
+    console.print(f"{cell}, on {found.images} images{dense}.", markup=False)
+    console.print(f"gives MACs: what the axis alone saves of all MACs at a divergence of at most {found.limit:.3g}.", markup=False)
 
 
 def _print_sites(coupling: Coupling, name: str, as_json: bool) -> None:

@@ -226,6 +226,13 @@ AUTO = "auto"  # a setting, no criterion: cut by each of TRIED, repair, and keep
 TRIED = ("obs", "taylor", "fisher", "l1")
 
 
+def batch_of(criterion: str) -> int:
+    """How many images the criterion wants at a time; 1 where it wants none. CoppiceError where there is none of that name."""
+    if criterion not in CRITERIA:
+        raise CoppiceError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
+    return CRITERIA[criterion].batch or 1
+
+
 def score(
     model: Any,
     coupling: Coupling,

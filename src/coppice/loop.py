@@ -8,33 +8,35 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coppice.allocate import plan as make_plan
 from coppice.allocate import smallest
 from coppice.config import RunConfig
 from coppice.cost import Cost
 from coppice.coupling import couple
-from coppice.criteria import score
-from coppice.data import ImageData, Loaders, check_classes, load_data
+from coppice.criteria import batch_of, score
+from coppice.curves import Sensitivity, sensitivity
+from coppice.data import ImageData, Loaders, check_classes, load_data, sample_batches
 from coppice.errors import CoppiceError
 from coppice.finish import finish
 from coppice.floor import has_seen_validation
 from coppice.forward import device_of, logits
 from coppice.models import load_model
+from coppice.pictures import check_renderer
 from coppice.planning import Plan
 from coppice.progress import Progress, Silent
-from coppice.report import check_renderer
 from coppice.run import METRICS, PLAN, Json, Run, check_manifest, check_out, create_run, load, read_json, resume_run
 from coppice.seeding import seeded
 from coppice.stages import (
+    REPAIRED_AT_ONCE,
     Data,
     Snapshot,
     TrainFunction,
@@ -137,6 +139,27 @@ def open_inputs(config: RunConfig) -> tuple[nn.Module, ImageData]:
         config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits
     )
     return model.eval(), data
+
+
+def measure_sensitivity(config: RunConfig, parts: Sequence[float], images: int, limit: float | None, *, progress: Progress) -> Sensitivity:
+    """What each axis of the configuration's model loses as it gets narrower, judged on that many validation images."""
+    config = config.absolute()
+    with threads(config.threads):
+        dense, data = open_inputs(config)
+        check_classes(data, count_outputs(dense, data))
+        coupling = couple(capture(dense, (example_input(data),)))
+
+        def calibration(batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+            return sample_batches(data.train, data.preprocess, images=config.calibration, seed=config.seed, batch_size=batch_size)
+
+        with progress.bar(f"scoring by {config.criterion}"):
+            scores = score(dense, coupling, config.criterion, calibration(batch_of(config.criterion)), seed=config.seed)
+        with progress.bar("narrowing axis by axis") as advance:
+            judge = sample_batches(data.val, data.preprocess, images=images, seed=config.seed, batch_size=REPAIRED_AT_ONCE)
+            return sensitivity(
+                dense, coupling, scores, calibration(REPAIRED_AT_ONCE), judge, parts=parts, round_to=config.round_to,
+                min_width=config.min_width, repair=config.repair, limit=limit, seed=config.seed, progress=advance,
+            )  # fmt: skip
 
 
 def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from coppice.axes import Axis, atoms
-from coppice.coupling import Coupling, PrunableAxis, keep_mask
+from coppice.coupling import Coupling, Mask, PrunableAxis, keep_mask
 from coppice.graph import Kind
 from coppice.saliency import per_index
 from coppice.torch.layers import Layer, find_layers
@@ -94,15 +94,7 @@ def removal_paths(
     ``coupling`` is of a recording on such batches (:func:`coupled_on`).
     """
     program = Program(model, batches)
-    generator = torch.Generator().manual_seed(seed)
-    readers: dict[Axis, list[_Reader]] = {axis.atom: [] for axis in coupling.prunable}
-    for layer in find_layers(program):
-        read = [a for a in _summed(layer, coupling) if a in readers]
-        if read:
-            program.advance(layer.index)
-            gram, mean, energy, weight = _gram(program, layer, generator)
-            for atom in read:
-                readers[atom].append(_Reader(layer, gram, mean, weight, energy, _places(layer, coupling, atom, gram.shape[:2])))
+    readers = _find_readers(program, coupling, seed)
     tensors = named_tensors(model)
     unread = [axis for axis in coupling.prunable if not readers[axis.atom]]
     norms = per_index(coupling, {name: t.detach().square().numpy() for name, t in model.named_parameters()}) if unread else {}
@@ -112,6 +104,45 @@ def removal_paths(
         else _zero_all(axis, coupling, program, norms[axis.id], (orders or {}).get(axis.id))
         for axis in coupling.prunable
     }
+
+
+def _find_readers(program: Program, coupling: Coupling, seed: int) -> dict[Axis, list[_Reader]]:
+    """The layers that sum over each prunable atom; a layer that sums over several has one Gram matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    readers: dict[Axis, list[_Reader]] = {axis.atom: [] for axis in coupling.prunable}
+    for layer in find_layers(program):
+        read = [a for a in _summed(layer, coupling) if a in readers]
+        if read:
+            program.advance(layer.index)
+            gram, mean, energy, weight = _gram(program, layer, generator)
+            for atom in read:
+                readers[atom].append(_Reader(layer, gram, mean, weight, energy, _places(layer, coupling, atom, gram.shape[:2])))
+    return readers
+
+
+class Refitter:
+    """Refits of what reads an axis, for any choice of what stays of it, from one Gram matrix a layer on ``batches`` (model inputs).
+
+    ``coupling`` is of a recording on such batches (:func:`coupled_on`).
+    """
+
+    def __init__(self, model: nn.Module, coupling: Coupling, batches: Sequence[Tensor], seed: int = 0) -> None:
+        self._coupling, self._tensors = coupling, named_tensors(model)
+        self._readers = _find_readers(Program(model, batches), coupling, seed)
+
+    def refitted(self, keep: Mapping[str, Mask]) -> dict[str, Tensor]:
+        """The dense model's tensors that change where the axes of these names keep these indices: zero where what goes was read."""
+        masks = {axis.atom: keep[axis.name] for axis in self._coupling.prunable if axis.name in keep}
+        found: dict[str, Tensor] = {}
+        for reader in {r.layer.index: r for atom in masks for r in self._readers[atom]}.values():
+            shape = reader.gram.shape[:2]
+            gone = ~_features(reader.layer, self._coupling, masks).reshape(shape[0], -1)
+            at_once = replace(reader, places=[[torch.from_numpy(np.flatnonzero(part))] for part in gone])
+            states = [_State(at_once, group) for group in range(shape[0])]
+            for state in states:
+                state.remove([0])
+            found.update(_edits([at_once], states, self._tensors))
+        return found
 
 
 def _measure(model: nn.Module, paths: Mapping[int, Removal], batches: Sequence[Tensor]) -> dict[int, Array]:
@@ -192,17 +223,20 @@ def _summed(layer: Layer, coupling: Coupling) -> list[Axis]:
 
 def _places(layer: Layer, coupling: Coupling, atom: Axis, shape: Sequence[int]) -> list[list[Tensor]]:
     """The features of each group of the Gram matrix (groups, features, ...) that go with each index of ``atom``."""
-    dims = coupling.dims[layer.input]
-    axis = dims[1] if layer.kernel else dims[-1]
-    kernel = math.prod(layer.kernel)
     found: list[list[Tensor]] = [[] for _ in range(shape[0])]
     for index in range(atom.size):
         mask = np.ones(atom.size, bool)
         mask[index] = False
-        gone = np.repeat(~keep_mask(axis, {atom: mask}), kernel)
+        gone = ~_features(layer, coupling, {atom: mask})
         for g, part in enumerate(gone.reshape(shape[0], -1)):
             found[g].append(torch.from_numpy(np.flatnonzero(part)))
     return found
+
+
+def _features(layer: Layer, coupling: Coupling, keep: Mapping[Axis, Mask]) -> Mask:
+    """Which of the layer's features stay, group after group."""
+    dims = coupling.dims[layer.input]
+    return np.repeat(keep_mask(dims[1] if layer.kernel else dims[-1], keep), math.prod(layer.kernel))
 
 
 def _gram(program: Program, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor, float, Tensor]:
