@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from coppice.config import RunConfig, cpu_model, dump_config, load_config, usable_cores
+from coppice.config import RunConfig, dump_config, load_config
 from coppice.errors import CoppiceError
+from coppice.machine import cpu_model, usable_cores
 from coppice.preprocess import Preprocess
 from coppice.recipe import Recipe
 from coppice.targets import parse_target

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coppice.loop import Result, prune
     from coppice.planning import Plan, remove
     from coppice.run import load
+    from coppice.timing import measure
     from coppice.torch.apply import apply
     from coppice.torch.capture import capture
     from coppice.torch.repair import repair
@@ -33,6 +34,7 @@ _HOMES = {
     "capture": "coppice.torch.capture",
     "couple": "coppice.coupling",
     "load": "coppice.run",
+    "measure": "coppice.timing",
     "plan": "coppice.allocate",
     "prune": "coppice.loop",
     "remove": "coppice.planning",
@@ -43,8 +45,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "plan", "prune", "remove", "repair",
-    "score", "sensitivity", "verify",
+    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "measure", "plan", "prune", "remove",
+    "repair", "score", "sensitivity", "verify",
 ]  # fmt: skip
 
 

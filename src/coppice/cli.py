@@ -1,4 +1,4 @@
-"""The command line: `coppice inspect | sensitivity | prune | eval | export | demo`.
+"""The command line: `coppice inspect | sensitivity | prune | eval | measure | export | demo`.
 
 Exit status: 0 done, 1 a fault of ours, 2 bad input or a target or floor that does not hold (one sentence on stderr), 130 interrupted.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import coppice
+from coppice import cli_latency
 from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Prune a trained network, and prove it right."
 )
+
+app.command()(cli_latency.measure)
 
 # Options that several commands share. None means "not given": the defaults live in RunConfig.
 Text = str | None  # a module-level alias, evaluated when typer reads the annotations
@@ -229,10 +232,10 @@ def evaluate(
 ) -> None:
     """Accuracy of a run's pruned model, or of any model, on a data set."""
     given = {k: v for k, v in locals().items() if v is not None and k not in ("part", "as_json", "model")}
-    from coppice.config import usable_cores
     from coppice.data import check_classes, load_data
     from coppice.evaluate import evaluate as measure
     from coppice.loop import count_outputs
+    from coppice.machine import usable_cores
     from coppice.models import load_model
     from coppice.run import CONFIG, load
     from coppice.stages import threads as fixed_threads

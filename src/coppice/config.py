@@ -7,12 +7,9 @@ SHA-256 of the model file and the weights that the run began with. `resume` comp
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import coppice
 from coppice.allocate import ALLOCATIONS
 from coppice.criteria import AUTO, CRITERIA
 from coppice.errors import CoppiceError
+from coppice.machine import machine, usable_cores, versions
 from coppice.preprocess import Preprocess
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
@@ -166,34 +164,6 @@ def load_config(path: Path) -> tuple[RunConfig, dict[str, dict[str, Any]]]:
         raise CoppiceError(f"{path} can't be read as TOML: {error}") from error
     records = {name: plain.pop(name, {}) for name in ("versions", "machine", "inputs")}
     return RunConfig.from_dict(plain), records
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a number in the result."""
-    found = {"coppice": coppice.__version__, "python": platform.python_version()}
-    for name in ("numpy", "torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript", "onnxruntime"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def machine(threads: int) -> dict[str, Any]:
-    return {"system": platform.platform(), "cpu": cpu_model(), "cores": os.cpu_count() or 1, "threads": threads}
-
-
-def cpu_model() -> str:
-    """The marketing name of the processor, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on (a container often has fewer than the machine)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sha256(path: Path) -> str:

@@ -44,7 +44,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, *, opset: int | No
     VerificationError if the outputs differ.
     """
     with replacing(path) as temporary:
-        _write(model.eval(), _as_fp32(images)[:2], temporary, opset)
+        write_onnx(model.eval(), _as_fp32(images)[:2], temporary, opset)
         return check_onnx(model, images, temporary)
 
 
@@ -67,7 +67,8 @@ def _as_fp32(images: Tensor) -> Tensor:
     return images.detach().to("cpu", torch.float32)
 
 
-def _write(model: nn.Module, example: Tensor, path: Path, opset: int | None) -> None:
+def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None = None) -> None:
+    """Write `model` with a dynamic batch, and compare nothing. Raises ExportError."""
     import torch
 
     try:

@@ -1,0 +1,93 @@
+"""The commands about time: `coppice measure`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coppice.errors import CoppiceError
+from coppice.run import replacing
+
+if TYPE_CHECKING:
+    from coppice.timing import Measurement
+
+Models = Annotated[
+    list[str], typer.Argument(help="a run folder, an .onnx file, FILE.py:factory, torchvision:NAME or timm:NAME", metavar="MODEL...")
+]
+Input = Annotated[str | None, typer.Option("--input", help="shape of an example input, such as 1,3,224,224", metavar="N,C,H,W")]
+NumClasses = Annotated[int | None, typer.Option("--num-classes", help="passed to the factory")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on stdout")]
+
+
+def measure(
+    models: Models,
+    against: Annotated[
+        str | None, typer.Option("--against", help="the model to compare with [a run's dense model, else the first]", metavar="MODEL")
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option("--runtime", help="torch, torch.compile, onnxruntime, openvino, ...", metavar="NAME,...")
+    ] = "torch",
+    threads: Annotated[str, typer.Option("--threads", metavar="N,...")] = "1",
+    batch: Annotated[str, typer.Option("--batch", metavar="N,...")] = "1",
+    input: Input = None,
+    num_classes: NumClasses = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="turns that each model takes in each setting")] = 15,
+    out: Annotated[Path | None, typer.Option("--out", help="write all that was found as JSON", metavar="FILE")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time models where they will run, turn by turn, and say which differences are more than noise."""
+    from coppice.progress import Terminal
+    from coppice.subjects import open_subjects
+    from coppice.timing import measure as time_them
+
+    subjects, reference, shape = open_subjects(models, against, _listed("--input", input, int) if input else None, num_classes)
+    with Terminal().bar("measuring") as advance:
+        found = time_them(
+            subjects,
+            shape,
+            runtime.split(","),
+            _listed("--threads", threads, int),
+            _listed("--batch", batch, int),
+            against=reference,
+            rounds=rounds,
+            progress=advance,
+        )
+    text = json.dumps(found.to_dict(), indent=1)
+    if out is not None:
+        with replacing(out) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(text)
+    else:
+        _print(found)
+
+
+def _listed(flag: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise CoppiceError(f"{flag} {text}: write numbers with commas between them") from None
+
+
+def _print(found: Measurement) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "runtime", box=None, header_style="bold")
+    for column in ("threads", "batch", "p50 ms", "p90", "p99", "samples/s", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for t in found.timings:
+        times = [f"{1e3 * seconds:.3g}" for seconds in (t.p50, t.p90, t.p99)]
+        memory = "" if t.memory is None else f"{t.memory / 1e6:.0f} MB"
+        place = [t.setting.runtime, str(t.setting.threads), str(t.setting.batch)]
+        table.add_row(t.model, *place, *times, f"{t.throughput:,.0f}", memory)
+    Console(highlight=False).print(table)
+    for c in found.comparisons:
+        typer.echo(f"{c.model} ({c.setting}): {c}")
+    disturbed = sum(t.disturbed for t in found.timings)
+    if disturbed:
+        typer.echo(f"{disturbed} runs were not counted: other programs took the core while they ran.")

@@ -1,0 +1,187 @@
+"""Where a model runs: one table of runtimes behind one small interface, each imported only when it is used.
+
+A runtime is a function ``(subject, batch, threads) -> run``: it loads the model, and ``run()`` is one inference on a fixed input. To add
+one, write that function and give it a line in ``RUNTIMES``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coppice.errors import CoppiceError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Run = Callable[[], object]
+Start = Callable[["Subject", int, int], Run]
+
+
+@dataclass
+class Subject:
+    """A model to be timed: a PyTorch module or an ONNX file.
+
+    ``shape``: that of one input, without its batch dim. ``folder``: where files that are made of the model may lie.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    folder: Path
+    module: nn.Module | None = None
+    file: Path | None = None
+
+    @cached_property
+    def onnx(self) -> Path:
+        """The model as an ONNX file with a dynamic batch, exported when it is first asked for."""
+        if self.file is not None:
+            return self.file
+        import torch
+
+        from coppice.export import write_onnx
+
+        path = self.folder / f"{abs(hash(self.name)):x}-{id(self):x}.onnx"
+        write_onnx(self.torch(), torch.from_numpy(self.input(2)), path)
+        return path
+
+    def torch(self) -> nn.Module:
+        if self.module is None:
+            raise CoppiceError(f"{self.name} is an ONNX file, which PyTorch can't run: leave torch out of --runtime")
+        return self.module.eval()
+
+    def input(self, batch: int) -> NDArray[np.float32]:
+        return np.random.default_rng(0).standard_normal((batch, *self.shape), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """``package`` is what must be importable, ``extra`` the extra of coppice that installs it."""
+
+    package: str
+    extra: str
+    start: Start
+    reads_onnx: bool = True
+
+
+def _eager(subject: Subject, batch: int, threads: int) -> Run:
+    import torch
+
+    return _in_torch(copy.deepcopy(subject.torch()), torch.from_numpy(subject.input(batch)), threads)
+
+
+def _compiled(subject: Subject, batch: int, threads: int) -> Run:
+    import torch
+
+    torch.compiler.reset()  # what was compiled for another model or batch must not count as a recompilation
+    model = torch.compile(copy.deepcopy(subject.torch()), dynamic=False)
+    return _in_torch(model, torch.from_numpy(subject.input(batch)), threads)
+
+
+def _in_torch(model: Callable[..., object], x: Any, threads: int) -> Run:
+    import torch
+
+    def run() -> object:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        with torch.inference_mode():
+            return model(x)
+
+    return run
+
+
+def _onnxruntime(subject: Subject, batch: int, threads: int, provider: str = "CPUExecutionProvider") -> Run:
+    session = onnx_session(subject.onnx, batch, threads, provider, subject.name)
+    feed = {session.get_inputs()[0].name: subject.input(batch)}
+    outputs = [output.name for output in session.get_outputs()]
+    return lambda: session.run(outputs, feed)
+
+
+def onnx_session(path: Path, batch: int, threads: int, provider: str, name: str, profile: Path | None = None) -> Any:
+    """An ONNX Runtime session with every free batch dim fixed. CoppiceError where the provider is absent or can't run the file."""
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        raise CoppiceError(
+            f"this build of ONNX Runtime has no {provider}: install one that has, such as onnxruntime-gpu, on a machine for it"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it raises what it can't do
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    for free in _free_dims(path):
+        options.add_free_dimension_override_by_name(free, batch)
+    with one_sentence(f"ONNX Runtime can't run {name}"):
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+
+
+def _free_dims(path: Path) -> set[str]:
+    """The names of the batch dim of the file's inputs, where it is free."""
+    import onnx
+
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    shapes = (value.type.tensor_type.shape.dim for value in inputs)
+    return {dims[0].dim_param for dims in shapes if dims and dims[0].dim_param}
+
+
+def _openvino(subject: Subject, batch: int, threads: int) -> Run:
+    request = openvino_model(subject.onnx, (batch, *subject.shape), threads, subject.name).create_infer_request()
+    x = subject.input(batch)
+    return lambda: request.infer({0: x}, share_inputs=True)
+
+
+def openvino_model(path: Path, shape: Sequence[int], threads: int, name: str, **properties: Any) -> Any:
+    """A compiled model for the CPU: fp32 as everywhere else, one stream (latency), threads left to the system and to our own pinning."""
+    import openvino
+
+    core = openvino.Core()
+    chosen = {
+        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False, **properties,
+    }  # fmt: skip
+    with one_sentence(f"OpenVINO can't run {name}"):
+        model = core.read_model(path)
+        model.reshape({model.inputs[0]: list(shape)})
+        return core.compile_model(model, "CPU", chosen)
+
+
+@contextlib.contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """The runtimes' own errors have no common base and many lines."""
+    try:
+        yield
+    except CoppiceError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise CoppiceError(f"{what}: {lines[-1][:240]}") from error
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "torch": Runtime("torch", "torch", _eager, reads_onnx=False),
+    "torch.compile": Runtime("torch", "torch", _compiled, reads_onnx=False),
+    "onnxruntime": Runtime("onnxruntime", "onnxruntime", _onnxruntime),
+    "onnxruntime-cuda": Runtime("onnxruntime", "onnxruntime", partial(_onnxruntime, provider="CUDAExecutionProvider")),
+    "onnxruntime-tensorrt": Runtime("onnxruntime", "onnxruntime", partial(_onnxruntime, provider="TensorrtExecutionProvider")),
+    "openvino": Runtime("openvino", "openvino", _openvino),
+}
+
+
+def runtime(name: str) -> Runtime:
+    """The runtime of that name, imported. CoppiceError where there is none or its package is missing."""
+    if name not in RUNTIMES:
+        raise CoppiceError(f"there is no runtime {name!r}: choose one of {', '.join(RUNTIMES)}")
+    found = RUNTIMES[name]
+    try:
+        importlib.import_module(found.package)
+    except ImportError:
+        raise CoppiceError(f"the runtime {name} needs the package {found.package}: pip install 'coppice[{found.extra}]'") from None
+    return found
