@@ -93,7 +93,7 @@ def test_the_result_is_decided_by_the_seed_alone(digits):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_an_interrupted_run_resumes_bit_for_bit(digits, tmp_path, optimizer, stop_after):
-    recipe = replace(SHORT, optimizer=optimizer, lr=0.01, label_smoothing=0.1, grad_clip=1.0, distill=0.3)
+    recipe = replace(SHORT, optimizer=optimizer, lr=0.01, label_smoothing=0.1, grad_clip=1.0, distill=0.3, features=0.2, ema=0.9)
     teacher = small_net()
     undisturbed = small_net()
     expected = fine_tune(undisturbed, digits, recipe, teacher=teacher, seed=3)
@@ -209,9 +209,32 @@ def test_distillation_pulls_towards_the_teacher(digits):
     assert [module.training for module in teacher.modules()] == flags
 
 
-def test_distillation_needs_a_teacher(digits):
+@pytest.mark.parametrize("weight", ["distill", "features"])
+def test_distillation_needs_a_teacher(digits, weight):
     with pytest.raises(CoppiceError, match="needs the dense model"):
-        fine_tune(small_net(), digits, replace(SHORT, distill=0.5))
+        fine_tune(small_net(), digits, replace(SHORT, **{weight: 0.5}))
+
+
+def test_an_average_of_the_weights_is_what_is_kept(digits):
+    """A decay so small that the average is the weights themselves, and one so large that it hardly moves."""
+    start, plain, quick, slow = (small_net() for _ in range(4))
+    fine_tune(plain, digits, SHORT)
+    fine_tune(quick, digits, replace(SHORT, ema=1e-12))
+    history = fine_tune(slow, digits, replace(SHORT, ema=0.9999))
+    torch.testing.assert_close(quick.state_dict()["0.weight"], plain.state_dict()["0.weight"])
+
+    def moved(model):
+        return float((model[0].weight - start[0].weight).detach().norm())
+
+    assert 0 < moved(slow) < 0.1 * moved(plain)
+    assert history[-1].val_top1 == evaluate(slow, digits.val, digits.preprocess).top1
+
+
+def test_training_ends_when_it_is_enough(digits, tmp_path):
+    path = tmp_path / "checkpoint"
+    history = fine_tune(small_net(), digits, SHORT, checkpoint=path, enough=lambda result: result.epoch == 2)
+    assert [result.epoch for result in history] == [1, 2]
+    assert fine_tune(small_net(), digits, SHORT, checkpoint=path, enough=lambda result: result.epoch == 2) == history
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(digits):
@@ -306,6 +329,8 @@ def test_the_default_learning_rate_grows_with_the_batch():
         {"lr": -0.1},
         {"label_smoothing": 1.0},
         {"distill": 1.5},
+        {"features": -1.0},
+        {"ema": 1.0},
         {"temperature": 0},
         {"warmup": 1.0},
         {"grad_clip": -1},

@@ -190,6 +190,11 @@ def prune(
     warmup: Annotated[float | None, typer.Option("--warmup", help="part of the steps spent warming up")] = None,
     label_smoothing: Annotated[float | None, typer.Option("--label-smoothing", help="[0]")] = None,
     distill: Annotated[float | None, typer.Option("--distill", help="weight of the dense model's predictions, 0: off [0.9]")] = None,
+    features: Annotated[float | None, typer.Option("--features", help="weight of the dense model's features in the loss [0]")] = None,
+    ema: Annotated[float | None, typer.Option("--ema", help="decay of an average of the weights, such as 0.99 [0: none]")] = None,
+    stop_early: Annotated[
+        bool | None, typer.Option("--stop-early/--all-epochs", help="stop when --max-drop holds on validation [all epochs]")
+    ] = None,
     precision: Annotated[Text, typer.Option("--precision", help="auto, fp32 or bf16 [auto]")] = None,
     freeze_norm: Annotated[
         bool | None, typer.Option("--freeze-norm/--train-norm", help="BatchNorm keeps its statistics while fine-tuning [train]")
@@ -323,7 +328,7 @@ def demo(
 
 _PREPROCESS, _RECIPE = ("size", "resize", "mean", "std"), (
     "epochs", "optimizer", "lr", "weight_decay", "batch_size", "schedule", "warmup", "label_smoothing", "distill", "precision", "augment",
-    "freeze_norm",
+    "freeze_norm", "features", "ema",
 )  # fmt: skip
 
 

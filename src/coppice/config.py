@@ -49,6 +49,7 @@ class RunConfig:
     trials: int = 5  # probes of the bisection, when only max_drop is given
     calibration: int = 512  # training images for the scores and the repair
     repair: bool = True  # refit the layers after a cut
+    stop_early: bool = False  # end fine-tuning after the epoch that holds max_drop on validation
     recipe: Recipe = field(default_factory=lambda: Recipe(distill=DISTILL))
     seed: int = 0
     threads: int = 0  # 0: one a core; stored as the number used

@@ -7,6 +7,7 @@ of your own, `prune_run` on a configuration; it is the same loop.
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -220,15 +221,24 @@ def _approach(
     for step in range(1, steps + 1):
         now = _noted(bench, history, cut(bench, f"{prefix}cut {step}", now, interpolate(budgets, bench.cost, step / steps)))
         spent = between if step < steps else epochs - between * (steps - 1)
-        now = _noted(bench, history, tune(bench, f"{prefix}tuned {step}", now, spent))
+        last = step == steps
+        now = _noted(bench, history, tune(bench, f"{prefix}tuned {step}", now, spent, enough=_enough(bench, dense) if last else math.inf))
     for again in range(2, rounds + 1):
         if _holds_floor(bench, dense, now) or epochs == 0:
             break
-        longer = _noted(bench, history, tune(bench, f"{prefix}tuned {steps}, round {again}", now, epochs, LATER ** (again - 1)))
+        longer = _noted(
+            bench, history, tune(bench, f"{prefix}tuned {steps}, round {again}", now, epochs, LATER ** (again - 1), _enough(bench, dense))
+        )
         if longer.top1 <= now.top1:
             break
         now = longer
     return now
+
+
+def _enough(bench: Workbench, dense: Snapshot) -> float:
+    """The top-1 on validation with which fine-tuning may end early."""
+    config = bench.run.config
+    return dense.top1 - config.max_drop - _SLACK if config.stop_early and config.max_drop is not None else math.inf
 
 
 def _smallest(bench: Workbench, history: list[Snapshot]) -> Snapshot:

@@ -29,6 +29,8 @@ class Recipe:
     label_smoothing: float = 0.0
     distill: float = 0.0  # weight of the dense model's predictions in the loss, 0 to 1
     temperature: float = 3.0  # softens both distributions for distillation
+    features: float = 0.0  # weight of the squared distance from the dense model's features (coppice.distillation) in the loss
+    ema: float = 0.0  # decay a step of an exponential average of the weights, which is what is evaluated and kept; 0: none
     precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto": whichever is faster on this machine
     augment: str = "light"  # "light": crop and mirror; "crop": where left and right matter; "none"
     crop_pad: int | None = None  # pixels of shift; None: an eighth of a small image, a rescaled crop of a large one
@@ -47,11 +49,18 @@ class Recipe:
         _within("label_smoothing", self.label_smoothing, 0, 0.9999)
         _within("distill", self.distill, 0, 1)
         _within("temperature", self.temperature, 0.01, 1000)
+        _within("features", self.features, 0, math.inf)
+        _within("ema", self.ema, 0, 0.99999)
         for name, value, high in (("lr", self.lr, 1e3), ("warmup", self.warmup, 0.9999), ("grad_clip", self.grad_clip, math.inf)):
             if value is not None:
                 _within(name, value, 0, high)
         if self.crop_pad is not None:
             _within("crop_pad", self.crop_pad, 0, math.inf)
+
+    @property
+    def taught(self) -> bool:
+        """Whether the loss needs the dense model."""
+        return self.distill > 0 or self.features > 0
 
     def peak_lr(self) -> float:
         """The highest learning rate of the schedule."""

@@ -20,7 +20,7 @@ from coppice.errors import CoppiceError
 from coppice.forward import logits, norms_with_statistics, training_mode
 from coppice.planning import Plan
 from coppice.torch.elimination import divergence
-from coppice.torch.program import HELD_OUT
+from coppice.torch.program import is_held_out
 from coppice.torch.repair import repair
 
 
@@ -69,7 +69,7 @@ def recover(
                 both = _after(reestimate, mended)
                 candidates["layers refitted, BatchNorm halfway re-estimated"] = _halfway(mended, both)
                 candidates["layers refitted, BatchNorm re-estimated"] = both
-    judge = batches[HELD_OUT - 1 :: HELD_OUT] or batches
+    judge = [batch for k, batch in enumerate(batches) if is_held_out(k)] or batches
     goal = _outputs(dense, judge)
     tried = {name: float(divergence(_outputs(model, judge), goal)) for name, model in candidates.items()}
     kept = min(tried, key=lambda name: tried[name] if math.isfinite(tried[name]) else math.inf)

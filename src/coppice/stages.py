@@ -6,6 +6,7 @@ Each stage begins from what the stages before it left on disk and ends by writin
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -191,10 +192,10 @@ def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: C
     return recover(model, pruned, coupling, step, images, reestimate, refit=config.repair, seed=config.seed)
 
 
-def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float = 1.0) -> Snapshot:
+def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float = 1.0, enough: float = math.inf) -> Snapshot:
     """Fine-tune for some epochs, by the recipe (its learning rate times `rate`) or with the user's own function.
 
-    What training makes worse on validation is not taken.
+    What training makes worse on validation is not taken. An epoch of the recipe that reaches `enough` percent there is the last.
     """
     if epochs == 0:
         return before
@@ -213,10 +214,20 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
             with bench.progress.bar(f"{name}: fine-tuning with your own function"):
                 bench.train(model, epochs)
         else:
-            teacher = bench.dense if recipe.distill else None
+            teacher = bench.dense if recipe.taught else None
+            plan = None if before.plan is None else Plan.from_json(before.plan)
             with bench.progress.bar(f"{name}: fine-tuning") as advance:
                 fine_tune(
-                    model, bench.data, recipe, teacher=teacher, seed=config.seed, checkpoint=checkpoint, progress=advance, on_epoch=told
+                    model,
+                    bench.data,
+                    recipe,
+                    teacher=teacher,
+                    plan=plan,
+                    seed=config.seed,
+                    checkpoint=checkpoint,
+                    progress=advance,
+                    on_epoch=told,
+                    enough=lambda result: result.val_top1 >= enough,
                 )
         val = _validate(bench, model, name)
         worse = float(val["top1"]) < before.top1

@@ -6,7 +6,7 @@ Everything random in an epoch (order, augmentation, dropout) derives from (seed,
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from coppice.augment import augment_batch, make_augmentation
 from coppice.checkpoint import load_facts, load_state, save_checkpoint
 from coppice.data import ImageData, Loaders, batches, raw_batches, sample_batches
+from coppice.distillation import Features, prediction_loss
 from coppice.errors import CoppiceError
 from coppice.evaluate import evaluate
 from coppice.forward import device_of, forward, norms_with_statistics, pick_precision, training_layout, training_mode, weights_in
+from coppice.planning import Plan
 from coppice.recipe import Recipe
 from coppice.seeding import generator, seeded
 
@@ -43,21 +46,24 @@ def fine_tune(
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
+    plan: Plan | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
+    enough: Callable[[EpochResult], bool] | None = None,
 ) -> list[EpochResult]:
     """Train `model` in place on data.train, judging each epoch on data.val; returns what every epoch gave.
 
-    `teacher` is the dense model, needed if `recipe.distill` is above zero; it is not changed.
+    `teacher` is the dense model, needed if `recipe.distill` or `recipe.features` is above zero, and `plan` what made `model` from it (None:
+    nothing was removed); the teacher is not changed.
     `checkpoint`: written after every epoch (before `on_epoch`); if it exists, the epochs it holds are not repeated, and on a CPU in
     fp32 with the same number of threads the result equals an undisturbed run's bit for bit.
-    `progress` is told the steps done and in all, `on_epoch` each epoch's result.
+    `progress` is told the steps done and in all, `on_epoch` each epoch's result; an epoch that is `enough` is the last.
     Raises CoppiceError if the loss is not finite, the recipe needs a teacher, or the checkpoint is of another run.
     """
-    if recipe.distill > 0 and teacher is None:
-        raise CoppiceError("distillation needs the dense model as the teacher: pass it, or set distill to 0")
+    if recipe.taught and teacher is None:
+        raise CoppiceError("distillation needs the dense model as the teacher: pass it, or set distill and features to 0")
     steps = _steps_per_epoch(data, recipe)
     facts = _resume_facts(checkpoint, recipe, seed, steps)
     x, y = _first_batch(data, recipe, device_of(model))
@@ -66,23 +72,29 @@ def fine_tune(
     layout = training_layout(model, x, y)
     model.to(memory_format=layout)
     optimizer = make_optimizer(model, recipe)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema > 0 else None
     history = [EpochResult(**result) for result in facts["history"]]
     if checkpoint is not None and history:
-        load_state(checkpoint, model, optimizer)
-    teacher = teacher if recipe.distill > 0 else None
-    run = _Run(model, teacher, data, recipe, optimizer, layout, seed, steps, progress)
-    try:
-        with nullcontext() if teacher is None else weights_in(teacher, layout):
-            for epoch in range(len(history) + 1, recipe.epochs + 1):
-                history.append(run.epoch(epoch))
-                if checkpoint is not None:
-                    facts |= {"precision": precision, "history": [asdict(result) for result in history]}
-                    save_checkpoint(checkpoint, model, optimizer, facts)
-                if on_epoch is not None:
-                    on_epoch(history[-1])
-    finally:
-        optimizer.zero_grad()
-        model.to(memory_format=torch.contiguous_format)
+        load_state(checkpoint, model, optimizer, average)
+    with ExitStack() as stack:
+        stack.callback(model.to, memory_format=torch.contiguous_format)
+        stack.callback(optimizer.zero_grad)
+        teacher = teacher if recipe.taught else None
+        if teacher is not None:
+            stack.enter_context(weights_in(teacher, layout))
+        features = stack.enter_context(Features(model, teacher, plan)) if teacher is not None and recipe.features > 0 else None
+        run = _Run(model, average, teacher, features, data, recipe, optimizer, layout, seed, steps, progress)
+        for epoch in range(len(history) + 1, recipe.epochs + 1):
+            if history and enough is not None and enough(history[-1]):
+                break
+            history.append(run.epoch(epoch))
+            if checkpoint is not None:
+                facts |= {"precision": precision, "history": [asdict(result) for result in history]}
+                save_checkpoint(checkpoint, model, optimizer, facts, average)
+            if on_epoch is not None:
+                on_epoch(history[-1])
+        if average is not None and history:
+            model.load_state_dict(average.module.state_dict())
     return history
 
 
@@ -112,7 +124,9 @@ class _Run:
     """What stays the same over the epochs of one fine-tune."""
 
     model: nn.Module
+    average: AveragedModel | None  # what is evaluated, where there is one
     teacher: nn.Module | None
+    features: Features | None
     data: ImageData | Loaders
     recipe: Recipe
     optimizer: torch.optim.Optimizer
@@ -138,7 +152,9 @@ class _Run:
                     if self.progress is not None:
                         self.progress(done + 1, total)
             preprocess = self.data.preprocess if isinstance(self.data, ImageData) else None
-            val = evaluate(self.model, self.data.val, preprocess, precision=self.recipe.precision)
+            val = evaluate(
+                self.model if self.average is None else self.average.module, self.data.val, preprocess, precision=self.recipe.precision
+            )
         return EpochResult(epoch, losses / self.steps, val.top1, val.loss, lr, time.perf_counter() - started)
 
     def _step(self, x: Tensor, y: Tensor, lr: float, where: str) -> float:
@@ -156,10 +172,12 @@ class _Run:
         if self.recipe.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return value
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy, mixed with the divergence from the teacher's softened predictions (Hinton et al. 2015)."""
+        """Cross-entropy, mixed with the divergence from the teacher's predictions, plus the distance from its features."""
         recipe = self.recipe
         z = forward(self.model, x, recipe.precision, self.layout)
         loss = F.cross_entropy(z, y, label_smoothing=recipe.label_smoothing)
@@ -167,9 +185,8 @@ class _Run:
             return loss
         with torch.no_grad(), training_mode(self.teacher, False):
             target = forward(self.teacher, x, recipe.precision, self.layout)
-        t = recipe.temperature
-        divergence = F.kl_div(F.log_softmax(z / t, 1), F.log_softmax(target / t, 1), reduction="batchmean", log_target=True)
-        return (1 - recipe.distill) * loss + recipe.distill * t**2 * divergence
+        loss = (1 - recipe.distill) * loss + recipe.distill * prediction_loss(z, target, recipe.temperature)
+        return loss if self.features is None else loss + recipe.features * self.features.loss()
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from coppice.coupling import Coupling, Mask, PrunableAxis, keep_mask
 from coppice.graph import Kind
 from coppice.saliency import per_index
 from coppice.torch.layers import Layer, find_layers
-from coppice.torch.program import HELD_OUT, Program, coupled_on, named_tensors, of_one_shape
+from coppice.torch.program import Program, coupled_on, is_held_out, named_tensors, of_one_shape
 
 RIDGE = 1e-3  # relative to the mean of the Gram matrix's diagonal
 SCARCITY = 0.1  # and as much more as there are features for a sample
@@ -77,8 +77,8 @@ def removal_losses(
     CoppiceError where there are no batches.
     """
     same = of_one_shape(batches)
-    judge = same[HELD_OUT - 1 :: HELD_OUT] or same
-    fit = [batch for k, batch in enumerate(same) if k % HELD_OUT != HELD_OUT - 1]
+    judge = [batch for k, batch in enumerate(same) if is_held_out(k)] or same
+    fit = [batch for k, batch in enumerate(same) if not is_held_out(k)]
     here = coupled_on(model, coupling, same[0])
     ids = {axis.name: axis.id for axis in here.prunable}
     given = None if orders is None else {ids[axis.name]: orders[axis.id] for axis in coupling.prunable}

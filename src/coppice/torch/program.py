@@ -20,7 +20,7 @@ from coppice.torch.aten import Ref
 from coppice.torch.capture import capture, quiet_eval, record
 from coppice.torch.trees import leaves, mapped_only, tensors_in
 
-HELD_OUT = 4  # every HELD_OUT-th calibration batch judges, the others are fitted to
+_HELD_OUT = 4  # one calibration batch in so many judges, the others are fitted to
 MEMORY = 3 * 2**30  # bytes of intermediate values that are held at a time
 
 
@@ -69,7 +69,7 @@ class Program:
         return ends
 
     def _batches_that_fit(self, memory: int) -> list[int]:
-        """For each op, the batches whose live values fit in ``memory`` from there to the end; at least one."""
+        """For each op, the batches whose live values fit in ``memory`` from there to the end; at least one to fit to, one to judge by."""
         size = {v.id: math.prod(v.shape) * v.itemsize for v in self.values}
         live, held = [], {self._input: size[self._input]}
         for k, op in enumerate(self.ops):
@@ -78,7 +78,7 @@ class Program:
             for value in self._ends.get(k, ()):
                 held.pop(value, None)
         peaks = list(itertools.accumulate(reversed(live), max))[::-1]
-        return [max(1, min(len(self._batches), memory // peak)) for peak in peaks] or [len(self._batches)]
+        return [min(len(self._batches), max(2, memory // peak)) for peak in peaks] or [len(self._batches)]
 
     def advance(self, upto: int, active: int | None = None) -> None:
         """Run the ops before ``upto``, and forget what no later op reads. ``active``: how many batches take part (None: all that fit)."""
@@ -122,6 +122,11 @@ class Program:
     def value(self, value: int, batch: int) -> Tensor:
         """What ``value`` is now for one of the active batches."""
         return self._read(value, self._env[batch])
+
+
+def is_held_out(batch: int) -> bool:
+    """Whether the calibration batch of this number (from 0) judges what was fitted to the others. The second of two does."""
+    return batch % _HELD_OUT == 1
 
 
 def coupled_on(model: nn.Module, coupling: Coupling, batch: Tensor) -> Coupling:

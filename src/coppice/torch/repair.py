@@ -25,7 +25,7 @@ from coppice.torch.apply import sliced
 from coppice.torch.aten import base_name
 from coppice.torch.layers import Layer, Norm, find_layers, only_use
 from coppice.torch.lockstep import COPIES
-from coppice.torch.program import HELD_OUT, Program, coupled_on, named_tensors, of_one_shape
+from coppice.torch.program import Program, coupled_on, is_held_out, named_tensors, of_one_shape
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # tried on held-out images, relative to the mean of the Gram matrix's diagonal
 SAMPLES_A_FEATURE = 24  # rows of the least-squares problem for each of its unknowns, where there are that many
@@ -148,7 +148,7 @@ class _Repair:
             now = f @ matrix.transpose(1, 2)
             if bias is not None:
                 now = now + bias.view(groups, 1, outputs)
-            sums[k % HELD_OUT == HELD_OUT - 1].add(f, y - now, y)
+            sums[is_held_out(k)].add(f, y - now, y)
         return sums
 
 
