@@ -405,7 +405,7 @@ def _finish(folder: Path, work: Callable[[], Result]) -> None:
 
 @contextmanager
 def _guarded(folder: Path | None) -> Iterator[None]:
-    """Say how to go on after Ctrl-C (with a run in `folder`), and keep the traceback of a fault of ours out of the terminal but not out of reach."""
+    """Say how to go on after Ctrl-C (with a run in `folder`), and put the traceback of a fault of ours in a file, not on the terminal."""
     try:
         yield
     except KeyboardInterrupt:

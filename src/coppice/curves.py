@@ -27,7 +27,7 @@ from coppice.progress import Advance
 from coppice.saliency import Scores
 from coppice.torch.apply import apply
 from coppice.torch.elimination import Refitter, divergence
-from coppice.torch.program import HELD_OUT, coupled_on, named_tensors, of_one_shape
+from coppice.torch.program import coupled_on, is_held_out, named_tensors, of_one_shape
 
 PARTS = (0.75, 0.5, 0.25)
 Batch = tuple[Tensor, Any] | list[Any]
@@ -98,8 +98,8 @@ def sensitivity(
     if not bundles:
         raise CoppiceError("no axis can be cut on this grid; lower --round-to or --min-width")
     given = list(batches)
-    judges = list(judge) if judge is not None else given[HELD_OUT - 1 :: HELD_OUT] or given
-    fitted = given if judge is not None else [batch for k, batch in enumerate(given) if k % HELD_OUT != HELD_OUT - 1] or given
+    judges = list(judge) if judge is not None else [batch for k, batch in enumerate(given) if is_held_out(k)] or given
+    fitted = given if judge is not None else [batch for k, batch in enumerate(given) if not is_held_out(k)]
     trial = _Trial(model, coupling, scores, judges)
     if repair:
         inputs = of_one_shape(batch[0] for batch in fitted)
