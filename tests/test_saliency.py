@@ -7,9 +7,9 @@ from torch import nn
 
 import coppice
 from coppice.coupling import Coupling
-from coppice.criteria import CRITERIA, Unit
+from coppice.criteria import CRITERIA, NORMALIZATIONS, Unit, measure
 from coppice.errors import CoppiceError
-from coppice.saliency import Scores
+from coppice.saliency import Scores, isomorphic
 
 
 def small() -> nn.Sequential:
@@ -220,3 +220,116 @@ def test_every_criterion_scores_a_network_with_norms_groups_and_a_shortcut(crite
         assert scores[axis.id].std() > 0 or criterion in ("rank", "apoz")
     plan = coppice.plan(coupling, scores, {"macs": 0.6 * coupling.cost().macs}, round_to=1, min_width=1)
     coppice.verify(model, coppice.apply(model, plan), coupling, plan)
+
+
+# --- aggregation, normalisation, initialisation ---------------------------------------------------------------------
+
+
+def test_aggregation_over_the_tensors_that_an_index_touches() -> None:
+    model = small()
+    first, bias, second = (p.detach().abs() for p in hidden_parameters(model))
+    sites = torch.stack([first.sum(1), bias, second.sum(0)])
+    means = torch.stack([first.mean(1), bias, second.mean(0)])
+    for aggregation, want in (("sum", sites.sum(0)), ("mean", means.mean(0)), ("max", sites.max(0).values)):
+        coupling, scores = scored(model, "l1", aggregation=aggregation, normalization="none")
+        np.testing.assert_allclose(scores[coupling.prunable[0].id], want.numpy(), rtol=1e-6)
+
+
+def test_a_mean_is_over_the_elements_below_a_product_too() -> None:
+    """A flattened map: an index of the channels has four columns of the linear layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.Flatten(), nn.Linear(12, 2, bias=False))
+    coupling = coppice.couple(coppice.capture(model, torch.ones(1, 1, 2, 2)))
+    (axis,) = coupling.prunable
+    conv, linear = model[0].weight.detach().abs().flatten(1), model[2].weight.detach().abs().view(2, 3, 4)  # type: ignore[operator]
+    scores = coppice.score(model, coupling, "l1", aggregation="mean", normalization="none")
+    np.testing.assert_allclose(scores[axis.id], ((conv.mean(1) + linear.mean((0, 2))) / 2).numpy(), rtol=1e-6)
+
+
+class Blocks(nn.Module):
+    """Two blocks of one form on a stream, and a layer of another form at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 16, 3, padding=1)])
+        self.down = nn.ModuleList([nn.Conv2d(8, 3, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)])
+        self.wide, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        scores: torch.Tensor = self.head(torch.relu(self.wide(x)).mean((2, 3)))
+        return scores
+
+
+def test_axes_that_lie_alike_compete_as_they_are() -> None:
+    model = Blocks()
+    coupling = coppice.couple(coppice.capture(model, torch.randn(1, 3, 6, 6)))
+    names = sorted(sorted(axis.name for axis in group) for group in isomorphic(coupling))
+    assert names == [["up.0.weight:0", "up.1.weight:0"], ["wide.weight:0"]]
+    raw = coppice.score(model, coupling, "l1", normalization="none")
+    alike = coppice.score(model, coupling, "l1", normalization="isomorphic")
+    alone = coppice.score(model, coupling, "l1", normalization="axis")
+    first, second, wide = (coupling.axis(name).id for name in ("up.0.weight:0", "up.1.weight:0", "wide.weight:0"))
+    both = np.concatenate([raw[first], raw[second]]).mean()
+    np.testing.assert_allclose(alike[first], raw[first] / both)
+    np.testing.assert_allclose(alike[second], raw[second] / both)
+    np.testing.assert_allclose(alike[wide], alone[wide])
+    assert alone[first].mean() == pytest.approx(1.0)
+
+
+def test_what_is_in_units_of_loss_stays_so_unless_it_is_divided() -> None:
+    model, batches = small(), images()
+    additive = {n: scored(model, "taylor", batches=batches, normalization=n)[1].additive for n in NORMALIZATIONS}
+    assert additive == {"own": True, "axis": False, "isomorphic": False, "none": True}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "options", "says"),
+    [
+        ("l1", {"aggregation": "median"}, "unknown aggregation 'median'"),
+        ("l1", {"normalization": "layer"}, "unknown normalization 'layer'"),
+        ("random", {"aggregation": "mean"}, "no elements to aggregate"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(criterion: str, options: dict[str, str], says: str) -> None:
+    with pytest.raises(CoppiceError, match=says):
+        scored(small(), criterion, **options)
+
+
+def test_measured_losses_that_are_not_finite_are_named() -> None:
+    model = small()
+    coupling, scores = scored(model, "l1")
+    with torch.no_grad():
+        model[2].bias[0] = torch.nan
+    with pytest.raises(CoppiceError, match=r"measured losses of 0\.weight:0 are not finite"):
+        measure(model, coupling, scores, images())
+
+
+def test_at_initialisation_the_batch_gives_the_statistics_and_keeps_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    x, y = images()[0]
+    model.train()
+    nn.functional.cross_entropy(model(x), y).backward()
+    model.eval()
+    want = {name: (p * p.grad).abs().detach() for name, p in model.named_parameters() if p.grad is not None}
+    model[1].reset_running_stats()  # type: ignore[operator]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    coupling, scores = scored(model, "snip", batches=[(x, y)], normalization="none")
+    found = want["0.weight"].sum(1) + want["0.bias"] + want["1.weight"] + want["1.bias"] + want["3.weight"].sum(0)
+    np.testing.assert_allclose(scores[coupling.prunable[0].id], found.numpy(), rtol=1e-4, atol=1e-7)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    model[1].running_mean.fill_(0.3)  # type: ignore[union-attr, operator]
+    trained = scored(model, "snip", batches=[(x, y)], normalization="none")[1]
+    assert not np.allclose(trained[coupling.prunable[0].id], scores[coupling.prunable[0].id])
+
+
+def test_no_mean_stops_the_flow() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    before = hidden_scores(model, "synflow")
+    model[1].running_mean.fill_(100.0)  # type: ignore[union-attr, operator]
+    np.testing.assert_allclose(hidden_scores(model, "synflow"), before)
+    assert (before > 0).all()

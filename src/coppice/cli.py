@@ -52,6 +52,7 @@ ValFraction = Annotated[float | None, typer.Option("--val-fraction", help="part 
 Seed = Annotated[int | None, typer.Option("--seed", help="everything random derives from it [0]")]
 Threads = Annotated[int | None, typer.Option("--threads", help="PyTorch threads [one a core]")]
 Criterion = Annotated[Text, typer.Option("--criterion", help="obs, taylor, fisher, l1, ..., random, or auto (tries several) [obs]")]
+Aggregation = Annotated[Text, typer.Option("--aggregation", help="over all that goes with an index: sum, mean or max [sum]")]
 RoundTo = Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this [8]")]
 MinWidth = Annotated[int | None, typer.Option("--min-width", help="no axis gets narrower [8]")]
 Calibration = Annotated[int | None, typer.Option("--calibration", help="training images for the scores and the repair [512]")]
@@ -113,6 +114,7 @@ def sensitivity(
     split: Split = None,
     val_fraction: ValFraction = None,
     criterion: Annotated[Text, typer.Option("--criterion", help="says which indices stay: obs, taylor, l1, ..., random [obs]")] = None,
+    aggregation: Aggregation = None,
     round_to: RoundTo = None,
     min_width: MinWidth = None,
     calibration: Calibration = None,
@@ -173,6 +175,10 @@ def prune(
     split: Split = None,
     val_fraction: ValFraction = None,
     criterion: Criterion = None,
+    aggregation: Aggregation = None,
+    normalization: Annotated[
+        Text, typer.Option("--normalization", help="of axes against each other: own, axis, isomorphic or none [own]")
+    ] = None,
     allocation: Annotated[Text, typer.Option("--allocation", help="measured, global or uniform [measured]")] = None,
     round_to: RoundTo = None,
     min_width: MinWidth = None,

@@ -15,7 +15,7 @@ from typing import Any
 
 import coppice
 from coppice.allocate import ALLOCATIONS
-from coppice.criteria import AUTO, CRITERIA
+from coppice.criteria import AUTO, CRITERIA, TRIED, check_options
 from coppice.errors import CoppiceError
 from coppice.machine import machine, usable_cores, versions
 from coppice.preprocess import Preprocess
@@ -41,6 +41,8 @@ class RunConfig:
     target: Target = Target()
     max_drop: float | None = None  # points of top-1: decided on validation, judged on test (coppice.floor)
     criterion: str = "obs"
+    aggregation: str = "sum"  # of what a criterion says of single weights, over all that goes with an index
+    normalization: str = "own"  # what the scores of axes are weighed against each other by, with the global allocation
     allocation: str = MEASURED
     round_to: int = 8
     min_width: int = 8
@@ -105,9 +107,20 @@ def _check(config: RunConfig) -> None:
         (getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)}: it must be 1 or more")
         for name in ("round_to", "min_width", "steps", "rounds", "trials", "calibration")
     ]
+    bounds += [
+        (
+            config.aggregation == "sum" or config.criterion != AUTO,
+            f"--aggregation {config.aggregation}: it goes with one criterion, name it with --criterion",
+        ),
+        (
+            config.normalization == "own" or config.allocation == "global",
+            f"--normalization {config.normalization}: only --allocation global weighs the scores of axes against each other, add it",
+        ),
+    ]
     for holds, message in bounds:
         if not holds:
             raise CoppiceError(message)
+    check_options(TRIED[0] if config.criterion == AUTO else config.criterion, config.aggregation, config.normalization)
 
 
 def _check_types(given: Mapping[str, Any], default: Any, where: str) -> Mapping[str, Any]:

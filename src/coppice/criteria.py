@@ -1,8 +1,8 @@
 """Criteria: how much each element of a parameter, or each channel's activations, matter, and what that says of each index of an axis.
 
 To add one, write a function and one line of ``CRITERIA`` (``docs/add-a-criterion.md``). Most are a small pure function of a parameter and
-(for some) its gradient on one batch, which answers a saliency an element, not negative; the score of an index is the sum over every
-element that goes with it.
+(for some) its gradient on one batch, which answers a saliency an element, not negative; the score of an index is the sum (or another of
+``AGGREGATIONS``) over every element that goes with it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
-from coppice.saliency import Array, ByAxis, Scores, per_index, slices
+from coppice.saliency import AGGREGATIONS, Array, ByAxis, Scores, isomorphic, per_index, slices
 
 
 class Unit(Enum):
-    """What scores of different axes are to each other."""
+    """What scores of different axes are to each other, if nothing else is asked for (``NORMALIZATIONS``)."""
 
     LOSS = "loss"  # an estimate of what the loss rises by: may be weighed against what is saved
     AXIS = "axis"  # no common unit: divided by the axis's mean
@@ -50,7 +50,10 @@ def taylor(weight: Array, gradient: Array | None) -> Array:
 
 
 def snip(weight: Array, gradient: Array | None) -> Array:
-    """|w dL/dw|: connection sensitivity. Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, ICLR 2019."""
+    """|w dL/dw|: connection sensitivity. Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, ICLR 2019.
+
+    Made for networks at their initialisation, where BatchNorm has no statistics yet: those of the batch are used then.
+    """
     assert gradient is not None
     return np.asarray(np.abs(weight * gradient))
 
@@ -73,10 +76,15 @@ class Request:
     batches: Iterable[Any]
     loss: Callable[..., Any] | None
     seed: int
+    aggregation: str = "sum"
 
     @property
     def front_end(self) -> Any:
         return self.coupling.graph.origin
+
+    def per_index(self, elements: Mapping[str, Array]) -> ByAxis:
+        """Saliencies of elements, put together as was asked for."""
+        return per_index(self.coupling, elements, self.aggregation)
 
 
 Element = Callable[[Array, Array | None], Array]
@@ -87,7 +95,7 @@ def of_weights(element: Element) -> Callable[[Request], ByAxis]:
 
     def scores(request: Request) -> ByAxis:
         weights = request.front_end.parameters(request.model)
-        return per_index(request.coupling, {name: element(weight, None) for name, weight in weights.items()})
+        return request.per_index({name: element(weight, None) for name, weight in weights.items()})
 
     return scores
 
@@ -102,7 +110,7 @@ def of_gradients(element: Element) -> Callable[[Request], ByAxis]:
             count += 1
             for name, (weight, slope) in pairs.items():
                 totals[name] = totals.get(name, 0) + element(weight, slope)
-        return per_index(request.coupling, {name: total / count for name, total in totals.items()})
+        return request.per_index({name: total / count for name, total in totals.items()})
 
     return scores
 
@@ -154,8 +162,8 @@ def bn_scale(request: Request) -> ByAxis:
     graph, weights = request.coupling.graph, request.front_end.parameters(request.model)
     gammas = {graph.values[op.inputs[1]].names for op in graph.ops if op.rule == "batch_norm" and op.inputs[1] is not None}
     names = {name for group in gammas for name in group}
-    scales = per_index(request.coupling, {name: np.abs(w) for name, w in weights.items() if name in names})
-    plain = per_index(request.coupling, {name: np.abs(w) for name, w in weights.items()})
+    scales = request.per_index({name: np.abs(w) for name, w in weights.items() if name in names})
+    plain = request.per_index({name: np.abs(w) for name, w in weights.items()})
     return {axis: scale if scale.any() else plain[axis] for axis, scale in scales.items()}
 
 
@@ -173,9 +181,10 @@ def of_activations(statistic: str) -> Callable[[Request], ByAxis]:
 def synflow(request: Request) -> ByAxis:
     """|w dR/dw| where R is the sum of the outputs of the network with |w| for w, on an input of ones: needs no data.
 
-    Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, NeurIPS 2020.
+    Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, NeurIPS 2020. Made for networks at
+    their initialisation, and for many steps; as published it ranks all axes together (normalization ``none``).
     """
-    return per_index(request.coupling, request.front_end.synaptic_flow(request.model))
+    return request.per_index(request.front_end.synaptic_flow(request.model))
 
 
 def obs(request: Request) -> ByAxis:
@@ -194,27 +203,28 @@ def random(request: Request) -> ByAxis:
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """``batch``: the images that it wants at a time (0: none at all)."""
+    """``batch``: the images that it wants at a time (0: none at all); ``elements``: it puts saliencies of single elements together."""
 
     scores: Callable[[Request], ByAxis]
     batch: int
     unit: Unit
+    elements: bool = False
 
 
 ONE_GRADIENT = 16  # squares of small batches' gradients tell more of an index than those of large ones
 CRITERIA: dict[str, Criterion] = {
     "obs": Criterion(obs, 32, Unit.LOSS),
-    "taylor": Criterion(of_gradients(taylor), ONE_GRADIENT, Unit.LOSS),
+    "taylor": Criterion(of_gradients(taylor), ONE_GRADIENT, Unit.LOSS, elements=True),
     "taylor-gate": Criterion(taylor_gate, ONE_GRADIENT, Unit.LOSS),
-    "fisher": Criterion(of_gradients(fisher), 1, Unit.LOSS),
-    "gradient": Criterion(of_gradients(gradient), ONE_GRADIENT, Unit.AXIS),
-    "snip": Criterion(of_gradients(snip), ONE_GRADIENT, Unit.AXIS),
-    "synflow": Criterion(synflow, 0, Unit.AXIS),
-    "l1": Criterion(of_weights(l1), 0, Unit.AXIS),
-    "l2": Criterion(of_weights(l2), 0, Unit.AXIS),
-    "lamp": Criterion(lamp, 0, Unit.RANK),
+    "fisher": Criterion(of_gradients(fisher), 1, Unit.LOSS, elements=True),
+    "gradient": Criterion(of_gradients(gradient), ONE_GRADIENT, Unit.AXIS, elements=True),
+    "snip": Criterion(of_gradients(snip), ONE_GRADIENT, Unit.AXIS, elements=True),
+    "synflow": Criterion(synflow, 0, Unit.AXIS, elements=True),
+    "l1": Criterion(of_weights(l1), 0, Unit.AXIS, elements=True),
+    "l2": Criterion(of_weights(l2), 0, Unit.AXIS, elements=True),
+    "lamp": Criterion(lamp, 0, Unit.RANK, elements=True),
     "fpgm": Criterion(fpgm, 0, Unit.AXIS),
-    "bn-scale": Criterion(bn_scale, 0, Unit.AXIS),
+    "bn-scale": Criterion(bn_scale, 0, Unit.AXIS, elements=True),
     "activation": Criterion(of_activations("magnitude"), 32, Unit.AXIS),
     "apoz": Criterion(of_activations("nonzero"), 32, Unit.AXIS),
     "rank": Criterion(of_activations("rank"), 32, Unit.AXIS),
@@ -233,6 +243,9 @@ def batch_of(criterion: str) -> int:
     return CRITERIA[criterion].batch or 1
 
 
+NORMALIZATIONS = ("own", "axis", "isomorphic", "none")
+
+
 def score(
     model: Any,
     coupling: Coupling,
@@ -240,34 +253,65 @@ def score(
     batches: Iterable[Any] | None = None,
     loss: Callable[..., Any] | None = None,
     seed: int = 0,
+    aggregation: str = "sum",
+    normalization: str = "own",
 ) -> Scores:
     """The score of every index of every prunable axis; low means it can go.
 
     ``batches`` of ``(inputs, targets)`` are for the criteria that look at images, ``loss(outputs, targets)`` (default: cross-entropy) for
-    those that need gradients, ``seed`` for what is drawn. CoppiceError for an unknown criterion, missing batches, or a NaN.
+    those that need gradients, ``seed`` for what is drawn. ``aggregation`` (``coppice.saliency.AGGREGATIONS``) says how saliencies of
+    elements become one of an index; ``normalization`` what axes are weighed against each other by: ``own``, what suits the criterion;
+    ``axis``, each by its mean; ``isomorphic``, each by the mean over all that lie alike, so that those compete as they are; or ``none``.
+    CoppiceError for an unknown name, missing batches, or a NaN.
     """
-    if criterion not in CRITERIA:
-        raise CoppiceError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
+    check_options(criterion, aggregation, normalization)
     chosen = CRITERIA[criterion]
     if chosen.batch and batches is None:
         raise CoppiceError(f"the criterion {criterion!r} needs calibration batches; give batches of (inputs, targets)")
-    scores = chosen.scores(Request(model, coupling, batches or (), loss, seed))
-    for axis in coupling.prunable:
-        if not np.isfinite(scores[axis.id]).all():
-            raise CoppiceError(f"the {criterion} scores of {axis.name} are not finite; look for NaN or infinite weights or losses")
-    return Scores(_by_axis_mean(scores) if chosen.unit is Unit.AXIS else scores, additive=chosen.unit is Unit.LOSS)
+    scores = _finite(coupling, chosen.scores(Request(model, coupling, batches or (), loss, seed, aggregation)), f"{criterion} scores")
+    if normalization == "isomorphic":
+        return Scores(_by_mean(scores, [[axis.id for axis in group] for group in isomorphic(coupling)]), additive=False)
+    if normalization == "axis" or (normalization == "own" and chosen.unit is Unit.AXIS):
+        return Scores(_by_mean(scores, [[axis] for axis in scores]), additive=False)
+    return Scores(scores, additive=chosen.unit is Unit.LOSS)
+
+
+def check_options(criterion: str, aggregation: str, normalization: str) -> None:
+    """CoppiceError for what can't be asked of :func:`score`."""
+    batch_of(criterion)
+    for name, given, known in (("aggregation", aggregation, tuple(AGGREGATIONS)), ("normalization", normalization, NORMALIZATIONS)):
+        if given not in known:
+            raise CoppiceError(f"unknown {name} {given!r}; choose one of {', '.join(known)}")
+    if aggregation != "sum" and not CRITERIA[criterion].elements:
+        raise CoppiceError(
+            f"the criterion {criterion!r} scores indices as a whole, there are no elements to aggregate; drop the aggregation"
+        )
 
 
 def measure(model: Any, coupling: Coupling, scores: Scores, batches: Iterable[Any], seed: int = 0) -> Scores:
     """``scores`` in units of loss: along the order that they give within each axis, what removing the next index does to the outputs.
 
     So a criterion says which indices go, and a measurement how many of each axis. ``batches`` are ``(inputs, ...)``; no labels are used.
-    See ``coppice.torch.elimination``. CoppiceError where there are no batches.
+    See ``coppice.torch.elimination``. CoppiceError where there are no batches, or what is measured is not finite.
     """
     orders = {axis.id: np.argsort(scores[axis.id], kind="stable").tolist() for axis in coupling.prunable}
     inputs = (batch[0] for batch in batches)
-    return Scores(coupling.graph.origin.removal_losses(model, coupling, inputs, seed, orders), additive=True)
+    losses = coupling.graph.origin.removal_losses(model, coupling, inputs, seed, orders)
+    return Scores(_finite(coupling, losses, "measured losses"), additive=True)
 
 
-def _by_axis_mean(scores: Mapping[int, Array]) -> dict[int, Array]:
-    return {k: s / mean if (mean := s.mean()) > 0 else s for k, s in scores.items()}
+def _finite(coupling: Coupling, scores: ByAxis, what: str) -> ByAxis:
+    for axis in coupling.prunable:
+        if not np.isfinite(scores[axis.id]).all():
+            raise CoppiceError(f"the {what} of {axis.name} are not finite; look for NaN or infinite weights, inputs or losses")
+    return scores
+
+
+def _by_mean(scores: ByAxis, groups: Iterable[Iterable[int]]) -> ByAxis:
+    """Each axis's scores over the mean of all scores of its group."""
+    found: ByAxis = {}
+    for group in groups:
+        members = {axis: scores[axis] for axis in group}
+        mean = float(np.concatenate(list(members.values())).mean())
+        found.update({axis: own / mean if mean > 0 else own for axis, own in members.items()})
+    return found

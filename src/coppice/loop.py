@@ -154,7 +154,8 @@ def measure_sensitivity(config: RunConfig, parts: Sequence[float], images: int, 
             return sample_batches(data.train, data.preprocess, images=config.calibration, seed=config.seed, batch_size=batch_size)
 
         with progress.bar(f"scoring by {config.criterion}"):
-            scores = score(dense, coupling, config.criterion, calibration(batch_of(config.criterion)), seed=config.seed)
+            images_of = calibration(batch_of(config.criterion))
+            scores = score(dense, coupling, config.criterion, images_of, seed=config.seed, aggregation=config.aggregation)
         with progress.bar("narrowing axis by axis") as advance:
             judge = sample_batches(data.val, data.preprocess, images=images, seed=config.seed, batch_size=REPAIRED_AT_ONCE)
             return sensitivity(

@@ -1,12 +1,13 @@
-"""Saliency of an index: what is known of single elements, summed over everything that goes with the index.
+"""Saliency of an index: what is known of single elements, put together over everything that goes with the index.
 
-An axis lies on many tensors (filters, norms, consumers), and below sums and products in their dims; ``per_index`` adds up over all of it.
+An axis lies on many tensors (filters, norms, consumers), and below sums and products in their dims; ``per_index`` goes over all of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coppice.axes import Axis, Form, atoms, find
-from coppice.coupling import Coupling, keep_mask
+from coppice.coupling import Coupling, PrunableAxis, keep_mask
 from coppice.graph import Kind
 
 Array = NDArray[Any]
@@ -35,18 +36,62 @@ class Scores:
 BLOCK = 2**16  # elements
 
 
-def per_index(coupling: Coupling, elements: Mapping[str, Array]) -> ByAxis:
-    """Sum element saliencies (parameter name -> array of its shape) over everything that each index of each prunable axis touches."""
+def per_index(coupling: Coupling, elements: Mapping[str, Array], aggregation: str = "sum") -> ByAxis:
+    """From element saliencies (parameter name -> array of its shape) to those of each index of each prunable axis.
+
+    Over everything that an index touches (rows of filters, norms, columns of consumers) by one of ``AGGREGATIONS``.
+    """
     ids = {axis.atom: axis.id for axis in coupling.prunable}
-    scores: ByAxis = {axis.id: np.zeros(axis.width) for axis in coupling.prunable}
+    parts: dict[int, list[Array]] = {axis.id: [np.zeros(axis.width)] if aggregation == "sum" else [] for axis in coupling.prunable}
     for value in coupling.graph.weights():
         array = elements.get(value.names[0]) if value.kind is Kind.PARAMETER else None
         if array is None:
             continue
         wanted = {dim: axis for dim, axis in enumerate(coupling.dims[value.id]) if find(axis).pinned is None}
         for dim, sums in _sums(array, list(wanted)).items():
-            share_out(wanted[dim], sums, ids, scores)
-    return scores
+            here: ByAxis = defaultdict(_nought)
+            share_out(wanted[dim], sums, ids, here)
+            if aggregation == "mean":
+                counts: ByAxis = defaultdict(_nought)
+                share_out(wanted[dim], np.full(len(sums), array.size / len(sums)), ids, counts)
+                here = {axis: found / counts[axis] for axis, found in here.items()}
+            for axis, found in here.items():
+                parts[axis].append(found)
+    fold = AGGREGATIONS[aggregation]
+    return {axis.id: fold(np.stack(parts[axis.id])) if parts[axis.id] else np.zeros(axis.width) for axis in coupling.prunable}
+
+
+def _nought() -> Array:
+    return np.zeros(())
+
+
+AGGREGATIONS: dict[str, Callable[[Array], Array]] = {
+    "sum": lambda parts: parts.sum(0),  # of all elements: what a first-order estimate of a loss adds up to
+    "mean": lambda parts: parts.mean(0),  # over the tensors, of the mean over a tensor's elements: large tensors don't drown small ones
+    "max": lambda parts: parts.max(0),  # of the tensors' sums: an index matters if one of its tensors says so
+}
+
+
+def isomorphic(coupling: Coupling) -> list[list[PrunableAxis]]:
+    """The prunable axes in groups of those that lie alike: the same dims of the operands of the same ops, whatever the widths.
+
+    Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024.
+    """
+    places: dict[Axis, list[str]] = {axis.atom: [] for axis in coupling.prunable}
+    weights = {value.id: value for value in coupling.graph.weights()}
+    for op in coupling.graph.ops:
+        for k, operand in enumerate(op.inputs):
+            if operand is None or operand not in weights:
+                continue
+            kernel = weights[operand].shape[2:]
+            for dim, axis in enumerate(coupling.dims[operand]):
+                for atom in dict.fromkeys(atoms(axis)):
+                    if atom in places:
+                        places[atom].append(f"{op.rule} {k} {dim} {kernel}")
+    groups: dict[tuple[str, ...], list[PrunableAxis]] = defaultdict(list)
+    for prunable in coupling.prunable:
+        groups[tuple(sorted(places[prunable.atom]))].append(prunable)
+    return list(groups.values())
 
 
 def _sums(array: Array, dims: list[int]) -> dict[int, Array]:
@@ -70,7 +115,7 @@ def share_out(axis: Axis, sums: Array, ids: Mapping[Axis, int], scores: ByAxis) 
     axis = find(axis)
     if axis.form is Form.ATOM:
         if axis in ids:
-            scores[ids[axis]] += sums
+            scores[ids[axis]] = scores[ids[axis]] + sums
     elif axis.form is Form.SUM:
         ends = np.cumsum([find(p).size for p in axis.parts])
         for part, piece in zip(axis.parts, np.split(sums, ends[:-1]), strict=True):

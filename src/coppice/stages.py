@@ -163,7 +163,7 @@ def _cut_by(bench: Workbench, name: str, criterion: str, model: nn.Module, coupl
     config = bench.run.config
     with bench.progress.bar(f"{name}: scoring by {criterion}"):
         images = _calibration(bench, CRITERIA[criterion].batch or 1)
-        scores = score(model, coupling, criterion, images, F.cross_entropy, config.seed)
+        scores = score(model, coupling, criterion, images, F.cross_entropy, config.seed, config.aggregation, config.normalization)
     measured = config.allocation == MEASURED
     if measured and criterion != "obs":  # whose scores are measured losses already
         with bench.progress.bar(f"{name}: measuring what each axis can lose"):
