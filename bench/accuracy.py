@@ -1,45 +1,58 @@
 """Accuracy at a given size, beside Torch-Pruning 1.6.1 on the same weights, images and MACs: `python bench/accuracy.py --out FILE.json`.
 
-Without training (the default) every method gets the same 512 calibration images; `--epochs N` then fine-tunes every result with the same
-recipe. Rows: ours by its default criterion and by others, with and without repair; Torch-Pruning's L1, Taylor, OBD-C and BatchNorm scale,
-each with global and with isomorphic ranking, raw and with BatchNorm re-estimated; random pruning as the control. Their pruning ratio is
-found by bisection on MACs, with our `--round-to`; the classifier is ignored, as their users are told. Where theirs can't follow the
-network (the padded shortcut of CIFAR ResNets), only the inner channels of the blocks are offered to it, which is its best there.
-What is random has three seeds. Rows already in `--out` are kept, so that a table can be made in pieces. `--table FILE` writes Markdown.
+Without training (the default) every method gets the same 512 calibration images; `--epochs N` then fine-tunes every result by the same
+recipe, seeds and teacher. Rows: ours as `coppice prune` cuts and repairs, by its default criterion, by others and by `auto`, and without
+the refit; Torch-Pruning's criteria by each of its settings, with the same rounding, raw and with BatchNorm re-estimated (`bench/peer.py`
+says how it is configured, and why); random choices through both; and, with epochs, a smaller dense model trained from scratch.
+
+What is random (random choices; everything once it is trained) has three seeds. Intervals are of 95 %: Wilson's for one seed; for several
+the mean over seeds, with the variance between seeds and that of the test images. The table, the picture (`.svg`, accuracy against MACs) and
+the JSON are written next to each other. Rows that are in `--out` already are not done again, and `--minutes` stops before that much
+time is spent, so that it can run in pieces; `--only` names rows by a part of their name.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
+import math
+import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import mean, variance
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coppice
-from coppice.criteria import CRITERIA, measure
+import pareto
+import peer
+from coppice.config import RunConfig
+from coppice.coupling import Coupling
+from coppice.criteria import AUTO
+from coppice.criteria import CRITERIA as EVERY
 from coppice.data import ImageData, load_data, sample_batches
-from coppice.evaluate import evaluate, reestimate_batchnorm
+from coppice.evaluate import evaluate, reestimate_batchnorm, wilson_interval
 from coppice.models import load_model
 from coppice.preprocess import Preprocess
+from coppice.progress import Silent
 from coppice.recipe import Recipe
-from coppice.recovery import recover
+from coppice.run import create_run
+from coppice.stages import Snapshot, Workbench, cut, materialise, threads
 from coppice.train import fine_tune
 
-IMAGES = 512
+IMAGES = 512  # for calibration
 CUTS = (1.33, 2.0, 3.0)
 SEEDS = (0, 1, 2)
-OURS = ("obs", "taylor", "taylor-gate", "fisher", "l1", "l2", "lamp", "fpgm", "bn-scale", "wanda")
-THEIRS = ("L1", "Taylor", "OBD-C", "BN scale")
+CRITERIA = ("obs", AUTO, *(name for name in EVERY if name not in ("obs", "random")))
+SCRATCH = "smaller dense model, trained from scratch"
 IMAGENET = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SYMMETRIC = Preprocess(mean=(0.5,), std=(0.5,))
 Row = dict[str, Any]
@@ -47,7 +60,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """A trained network, its data, how it is fine-tuned, and the layers that the peer must leave alone."""
+    """A trained network, its data, how it is fine-tuned, and whether the peer can only cut the inner channels of its blocks."""
 
     factory: str
     weights: str
@@ -57,235 +70,239 @@ class Job:
     inner_only: bool
 
 
+_SMALL = Recipe(distill=0.9, batch_size=32, lr=1e-3)
+_SMALL_ADAMW = replace(_SMALL, optimizer="adamw", lr=1e-4, freeze_norm=True)
 JOBS = {
     "ResNet-20": Job("resnet20", "resnet20_cifar10", "cifar10", IMAGENET, Recipe(distill=0.9), True),
     "ResNet-56": Job("resnet56", "resnet56_cifar10", "cifar10", IMAGENET, Recipe(distill=0.9), True),
-    "MobileNetV1-0.75": Job(
-        "mobilenet_v1_075", "mobilenet_v1_075_imagenette", "imagenette224", SYMMETRIC, Recipe(distill=0.9, batch_size=32, lr=1e-3), False
-    ),
-    "MobileNetV2": Job(
-        "mobilenet_v2",
-        "mobilenet_v2_imagenette",
-        "imagenette224",
-        SYMMETRIC,
-        Recipe(distill=0.9, batch_size=32, optimizer="adamw", lr=1e-4, freeze_norm=True),
-        False,
-    ),
+    "MobileNetV1-0.75": Job("mobilenet_v1_075", "mobilenet_v1_075_imagenette", "imagenette224", SYMMETRIC, _SMALL, False),
+    "MobileNetV2": Job("mobilenet_v2", "mobilenet_v2_imagenette", "imagenette224", SYMMETRIC, _SMALL_ADAMW, False),
 }
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What all rows of one file have in common. ``test_images``: 0 for all."""
+
+    round_to: int
+    images: int
+    test_images: int
+
+
+@dataclass
 class Bench:
-    """One network, opened."""
+    """One network, opened; ``peer`` learns what its criteria need of it once."""
 
     job: Job
+    settings: Settings
     dense: nn.Module
     data: ImageData
-    macs: int
-    round_to: int
+    coupling: Coupling
+    peer: peer.Peer
 
-    def batches(self, size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        return sample_batches(self.data.train, self.data.preprocess, images=IMAGES, seed=seed, batch_size=size)
-
-    def example(self) -> Tensor:
-        return next(self.batches(1))[0]
+    @property
+    def macs(self) -> int:
+        return self.coupling.cost().macs
 
 
-def open_job(job: Job, shared: Path, round_to: int) -> Bench:
+Method = Callable[[Bench, float, int], nn.Module]
+"""(network, cut, seed) -> the pruned model."""
+
+
+def open_job(job: Job, shared: Path, settings: Settings) -> Bench:
     dense = load_model(f"{shared}/models.py:{job.factory}", shared / "data" / "weights" / f"{job.weights}.safetensors").eval()
     data = load_data(str(shared / "data" / job.data), preprocess=job.preprocess)
-    example = next(sample_batches(data.train, data.preprocess, images=1, seed=0, batch_size=1))[0]
-    return Bench(job, dense, data, macs_of(dense, example), round_to)
+
+    def batches(size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return sample_batches(data.train, data.preprocess, images=settings.images, seed=0, batch_size=size)
+
+    example = next(batches(1))[0]
+    other = peer.Peer(dense, example, batches, lambda model: macs_of(model, example), settings.round_to, job.inner_only)
+    return Bench(job, settings, dense, data, coppice.couple(coppice.capture(dense, example)), other)
 
 
 def macs_of(model: nn.Module, example: Tensor) -> int:
     return coppice.couple(coppice.capture(model, example)).cost().macs
 
 
-# --- ours -----------------------------------------------------------------------------------------------------------
+# --- methods --------------------------------------------------------------------------------------------------------
 
 
-def ours(bench: Bench, cut: float, criterion: str, seed: int, repaired: bool) -> nn.Module:
-    coupling = coppice.couple(coppice.capture(bench.dense, bench.example()))
-    batches = bench.batches(CRITERIA[criterion].batch or 1)
-    scores = coppice.score(bench.dense, coupling, criterion, batches, F.cross_entropy, seed)
-    if criterion != "obs":
-        scores = measure(bench.dense, coupling, scores, bench.batches(32))
-    plan = coppice.plan(coupling, scores, {"macs": bench.macs / cut}, round_to=bench.round_to, min_width=bench.round_to)
-    pruned = coppice.apply(bench.dense, plan).eval()
-    images = [x for x, _ in bench.batches(32)]
-
-    def reestimate(model: nn.Module) -> None:
-        reestimate_on(bench, model)
-
-    return recover(bench.dense, pruned, coupling, plan, images, reestimate)[0] if repaired else pruned
-
-
-def reestimate_on(bench: Bench, model: nn.Module) -> None:
-    """On the same calibration images for every method."""
-    reestimate_batchnorm(model, bench.data.train, bench.data.preprocess, images=IMAGES, batch_size=64)
-
-
-# --- theirs ---------------------------------------------------------------------------------------------------------
-
-
-def theirs(bench: Bench, cut: float, criterion: str, isomorphic: bool) -> nn.Module:
-    """The largest model that their pruner gives within the MACs: bisection on its ratio."""
-    low, high = 0.0, 0.95
-    best: nn.Module | None = None
-    for _ in range(7):
-        ratio = (low + high) / 2
-        pruned = their_cut(bench, criterion, isomorphic, ratio)
-        if macs_of(pruned, bench.example()) <= bench.macs / cut:
-            best, high = pruned, ratio
-        else:
-            low = ratio
-    if best is None:
-        raise RuntimeError("no ratio reaches the MACs")
-    return best
-
-
-def their_cut(bench: Bench, criterion: str, isomorphic: bool, ratio: float) -> nn.Module:
-    import torch_pruning as tp
-
-    importances: dict[str, Callable[[], Any]] = {
-        "L1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-        "Taylor": lambda: tp.importance.GroupTaylorImportance(),
-        "OBD-C": lambda: tp.importance.OBDCImportance(num_classes=10),
-        "BN scale": lambda: tp.importance.BNScaleImportance(),
-    }
-    model, importance = copy.deepcopy(bench.dense).eval(), importances[criterion]()
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    ignored = [m for name, m in layers if not bench.job.inner_only or not (name.startswith("layer") and name.endswith("conv1"))]
-    pruner = tp.pruner.BasePruner(
-        model,
-        bench.example(),
-        importance=importance,
-        global_pruning=True,
-        isomorphic=isomorphic,
-        pruning_ratio=ratio,
-        ignored_layers=ignored if bench.job.inner_only else [layers[-1][1]],
-        round_to=bench.round_to,
-        max_pruning_ratio=0.95,
+def ours(bench: Bench, factor: float, seed: int, criterion: str, refit: bool = True) -> nn.Module:
+    """The cut of `coppice prune`: score, plan, apply, verify, repair."""
+    grid = bench.settings.round_to
+    config = RunConfig(
+        criterion=criterion, round_to=grid, min_width=grid, calibration=bench.settings.images, repair=refit, seed=seed, threads=1
     )
-    if criterion == "Taylor":
-        feed_taylor(bench, model)
-    elif criterion == "OBD-C":
-        feed_obdc(bench, model, importance, pruner)
-    pruner.step()
-    return model.eval()
+    with tempfile.TemporaryDirectory() as folder, create_run(Path(folder) / "run", config) as run:
+        work = Workbench(bench.dense, bench.data, bench.coupling, bench.coupling.cost(), run, Silent(), None)
+        dense = Snapshot("dense", None, None, asdict(work.cost), {"top1": 100.0})
+        return materialise(work, cut(work, "cut", dense, {"macs": bench.macs / factor}))
 
 
-def feed_taylor(bench: Bench, model: nn.Module) -> None:
-    """As in their examples: the gradient of the loss, accumulated over the batches."""
-    model.zero_grad()
-    for x, y in bench.batches(64):
-        torch.autograd.backward(F.cross_entropy(model(x), y) / (IMAGES // 64))
-
-
-def feed_obdc(bench: Bench, model: nn.Module, importance: Any, pruner: Any) -> None:
-    """As in their examples: the Fisher of labels that are drawn from the model's own predictions.
-
-    In 1.6.1 the look-up of attention answers None for a network without it, and OBD-C trips over that: mended here, to its advantage.
-    """
-    look_up = pruner._downstream_node_as_root_if_attention
-    pruner._downstream_node_as_root_if_attention = lambda group: look_up(group) or group
-    importance._prepare_model(model, pruner)
-    generator = torch.Generator().manual_seed(0)
-    for x, _ in bench.batches(64):
-        z = model(x)
-        labels = torch.multinomial(z.detach().softmax(1), 1, generator=generator)[:, 0]
-        model.zero_grad()
-        torch.autograd.backward(F.cross_entropy(z, labels))
-        importance.step()
-    importance._rm_hooks(model)
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def methods() -> Iterator[tuple[str, Callable[[Bench, float], nn.Module]]]:
-    for criterion in OURS:
-        yield f"ours, {criterion}", lambda b, c, k=criterion: ours(b, c, k, 0, True)  # type: ignore[misc]
-    yield "ours, obs, no repair", lambda b, c: ours(b, c, "obs", 0, False)
-    for seed in SEEDS:
-        yield f"random, repaired, seed {seed}", lambda b, c, s=seed: ours(b, c, "random", s, True)  # type: ignore[misc]
-    for criterion in THEIRS:
-        for isomorphic in (False, True):
-            name = f"Torch-Pruning, {criterion}, {'isomorphic' if isomorphic else 'global'}"
-            yield name, lambda b, c, k=criterion, i=isomorphic: theirs(b, c, k, i)  # type: ignore[misc]
-            yield f"{name}, BatchNorm re-estimated", lambda b, c, k=criterion, i=isomorphic: with_norms(b, theirs(b, c, k, i))  # type: ignore[misc]
-
-
-def with_norms(bench: Bench, model: nn.Module) -> nn.Module:
-    reestimate_on(bench, model)
+def theirs(bench: Bench, factor: float, seed: int, criterion: str, setting: str, norms: bool) -> nn.Module:
+    model = bench.peer.pruned(bench.macs / factor, criterion, setting, seed)
+    if norms:
+        reestimate_batchnorm(model, bench.data.train, bench.data.preprocess, images=bench.settings.images, batch_size=64)
     return model
 
 
-def result(bench: Bench, name: str, make: Callable[[Bench, float], nn.Module], cut: float, epochs: int) -> Row:
+def smaller(bench: Bench, factor: float, seed: int) -> nn.Module:
+    """All axes narrowed by one share, and initialised anew."""
+    scores = coppice.score(bench.dense, bench.coupling, "random", seed=seed)
+    grid = bench.settings.round_to
+    plan = coppice.plan(bench.coupling, scores, {"macs": bench.macs / factor}, "uniform", grid, grid)
+    model = coppice.apply(bench.dense, plan)
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
+def methods(epochs: int) -> Iterator[tuple[str, Method, bool]]:
+    """Name, how, and whether its result depends on a seed even if it is not trained."""
+    for criterion in CRITERIA:
+        yield f"ours, {criterion}", partial(ours, criterion=criterion), False
+    yield "ours, obs, layers not refitted", partial(ours, criterion="obs", refit=False), False
+    yield "ours, random", partial(ours, criterion="random"), True
+    if epochs:
+        yield SCRATCH, smaller, True
+    for criterion in (*peer.CRITERIA, peer.RANDOM):
+        for setting in peer.SETTINGS:
+            for norms in (False, True):
+                name = f"Torch-Pruning, {criterion}, {setting}" + (", BatchNorm re-estimated" if norms else "")
+                yield name, partial(theirs, criterion=criterion, setting=setting, norms=norms), criterion == peer.RANDOM
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def work(epochs: int, cuts: tuple[float, ...], only: list[str]) -> Iterator[tuple[Row, Method]]:
+    """What identifies each row that was asked for, and its method."""
+    yield {"method": "dense", "cut": 1.0, "epochs": 0, "seed": 0}, lambda bench, *_: bench.dense
+    for factor in cuts:
+        for name, method, drawn in methods(epochs):
+            if not only or any(part in name for part in only):
+                for seed in SEEDS if drawn or epochs else SEEDS[:1]:
+                    yield {"method": name, "cut": factor, "epochs": epochs, "seed": seed}, method
+
+
+def result(bench: Bench, key: Row, method: Method) -> Row:
+    """Prune, train, measure; a peer that can't is a row that says why."""
     start = time.perf_counter()
     try:
-        model = make(bench, cut)
-    except Exception as error:  # a peer that fails is a row that says so
-        return {"method": name, "cut": cut, "epochs": epochs, "error": f"{type(error).__name__}: {error}"[:200]}
+        model = method(bench, key["cut"], key["seed"])
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
     seconds = time.perf_counter() - start
-    if epochs:
-        recipe = replace(bench.job.recipe, epochs=epochs, precision="fp32")
-        fine_tune(model, bench.data, recipe, teacher=bench.dense)
-    found = evaluate(model, bench.data.test, bench.data.preprocess)
-    macs = macs_of(model, bench.example())
-    return {
-        "method": name,
-        "cut": cut,
-        "epochs": epochs,
-        "top1": found.top1,
-        "top1_ci95": list(found.top1_ci95),
-        "macs": macs,
-        "macs_ratio": macs / bench.macs,
-        "seconds": seconds,
-    }
+    if key["epochs"]:
+        recipe = replace(bench.job.recipe, epochs=key["epochs"], precision="fp32")
+        if key["method"] == SCRATCH:  # what suits a trained network is too gentle for a fresh one
+            recipe = replace(recipe, lr=4 * recipe.peak_lr(), freeze_norm=False)
+        fine_tune(model, bench.data, recipe, teacher=bench.dense, seed=key["seed"])
+    found = evaluate(model, bench.data.test, bench.data.preprocess, limit=bench.settings.test_images or None)
+    macs = macs_of(model, bench.peer.example)
+    trained = time.perf_counter() - start - seconds
+    return {"top1": found.top1, "n": found.n, "macs_ratio": macs / bench.macs, "seconds": seconds, "seconds_training_and_test": trained}
+
+
+def interval(rows: list[Row]) -> tuple[float, float, float]:
+    """Mean top-1 over seeds and its 95 % interval."""
+    centre, n = mean(row["top1"] for row in rows), rows[0]["n"]
+    if len(rows) == 1:
+        return centre, *wilson_interval(round(centre / 100 * n), n)
+    share = centre / 100
+    half = 1.96 * math.sqrt(1e4 * share * (1 - share) / n + variance(row["top1"] for row in rows) / len(rows))
+    return centre, max(0.0, centre - half), min(100.0, centre + half)
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| model | cut | epochs | method | MACs × | top-1 (95 %) | seconds to prune |", "|---|---:|---:|---|---:|---:|---:|"]
-    for row in sorted(rows, key=lambda r: (r["model"], r["cut"], r["epochs"], -r.get("top1", -1))):
-        left = f"| {row['model']} | {row['cut']:g} | {row['epochs']} | {row['method']} | "
-        if "error" in row:
-            lines.append(f"{left} | fails: {row['error'].splitlines()[0][:60]} | |")
-        else:
-            low, high = row["top1_ci95"]
-            lines.append(f"{left}{row['macs_ratio']:.3f} | {row['top1']:.2f} ({low:.2f}–{high:.2f}) | {row['seconds']:.0f} |")
-    return "\n".join(lines)
+    lines = [
+        "| model | cut | epochs | method | MACs × | top-1 (95 %) | seeds | seconds to prune |",
+        "|---|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for (model, factor, epochs, method), group in grouped(rows):
+        left = f"| {model} | {factor:g} | {epochs} | {method} | "
+        held = [row for row in group if "error" not in row]
+        if not held:
+            lines.append(f"{left} | fails: {' '.join(group[0]['error'].split())[:120]} | {len(group)} | |")
+            continue
+        centre, low, high = interval(held)
+        size, seconds = mean(row["macs_ratio"] for row in held), mean(row["seconds"] for row in held)
+        lines.append(f"{left}{size:.3f} | {centre:.2f} ({low:.2f}–{high:.2f}) | {len(held)} | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def grouped(rows: list[Row]) -> list[tuple[tuple[str, float, int, str], list[Row]]]:
+    """Rows that differ in the seed alone, together; by model, cut and epochs, the best method first."""
+    found: dict[tuple[str, float, int, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["model"], row["cut"], row["epochs"], row["method"]].append(row)
+    return sorted(found.items(), key=lambda item: (*item[0][:3], -max(row.get("top1", -1.0) for row in item[1])))
+
+
+def points(rows: list[Row]) -> list[pareto.Point]:
+    found = []
+    for (model, _, epochs, method), group in grouped(rows):
+        held = [row for row in group if "error" not in row]
+        if held:
+            found.append(pareto.Point(model, epochs, method, mean(row["macs_ratio"] for row in held), *interval(held)))
+    return found
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def write(out: Path, rows: list[Row], settings: Settings) -> None:
+    text = json.dumps({"settings": asdict(settings), "versions": versions(), "rows": rows}, indent=1)
+    out.write_text(text + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+    pareto.draw(points(rows), out.with_suffix(".svg"))
+
+
+def read(out: Path, settings: Settings) -> list[Row]:
+    if not out.exists():
+        return []
+    found = json.loads(out.read_text(encoding="utf-8"))
+    if found["settings"] != asdict(settings):
+        raise SystemExit(f"{out} has rows of other settings ({found['settings']}); name another file")
+    rows: list[Row] = found["rows"]
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", action="append", choices=JOBS)
-    parser.add_argument("--cut", action="append", type=float)
-    parser.add_argument("--method", action="append", help="a part of the name")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=JOBS, default=[])
+    parser.add_argument("--cut", action="append", type=float, default=[])
+    parser.add_argument("--only", action="append", default=[], help="a part of the method's name, such as 'ours, obs'")
     parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this long")
     parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--images", type=int, default=IMAGES, help="for calibration")
+    parser.add_argument("--test-images", type=int, default=0, help="0: all")
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the .json; the .md and the .svg go beside it")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: list[Row] = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out and args.out.exists() else []
-    for model in args.model or JOBS:
-        bench = open_job(JOBS[model], args.shared.resolve(), args.round_to)
-        chosen = [(n, m) for n, m in methods() if not args.method or any(part in n for part in args.method)]
-        dense: tuple[str, Callable[[Bench, float], nn.Module]] = ("dense", lambda b, c: copy.deepcopy(b.dense))
-        for cut, name, make in [(1.0, *dense), *((c, n, m) for c in args.cut or CUTS for n, m in chosen)]:
-            key = (model, cut, args.epochs if cut > 1 else 0, name)
-            if key in {(r["model"], r["cut"], r["epochs"], r["method"]) for r in rows}:
-                continue
-            rows.append({"model": model, "round_to": args.round_to, **result(bench, name, make, cut, key[2])})
-            print(json.dumps(rows[-1]), flush=True)
-            if args.out:
-                args.out.write_text(json.dumps({"rows": rows, "versions": versions()}, indent=1) + "\n", encoding="utf-8")
+    end = time.monotonic() + 60 * args.minutes
+    settings = Settings(args.round_to, args.images, args.test_images)
+    rows = read(args.out, settings)
+    with threads(1):
+        for model in args.model or JOBS:
+            bench: Bench | None = None
+            for key, method in work(args.epochs, tuple(args.cut) or CUTS, args.only):
+                key = {"model": model, **key}
+                if any(key.items() <= row.items() for row in rows):
+                    continue
+                if time.monotonic() > end:
+                    print("time is up; the same command goes on")
+                    return
+                bench = bench or open_job(JOBS[model], args.shared.resolve(), settings)
+                rows.append(key | result(bench, key, method))
+                print(json.dumps(rows[-1]), flush=True)
+                write(args.out, rows, settings)
     print(table(rows))
-    if args.table:
-        args.table.write_text(table(rows) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

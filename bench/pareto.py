@@ -1,0 +1,81 @@
+"""Accuracy against MACs, a panel a model: what `bench/accuracy.py` found, ours beside the peer's best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from coppice.pictures import PAPER, figure, save
+
+GREY = "#8a938c"
+
+
+class Point(NamedTuple):
+    """One method at one size: MACs as a share of the dense model's, top-1 and its interval."""
+
+    model: str
+    epochs: int
+    method: str
+    macs: float
+    top1: float
+    low: float
+    high: float
+
+
+class Family(NamedTuple):
+    """Methods drawn alike: all as dots, the best at each size joined, with intervals."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+DEFAULT = Family("ours, default", PAPER.accent, "o")
+OTHERS = Family("ours, best other criterion", "#79b894", "s")
+NORMS = Family("Torch-Pruning's best, BatchNorm re-estimated", PAPER.warn, "^")
+RAW = Family("Torch-Pruning's best, raw", "#e0a98a", "v")
+CONTROL = Family("random, or from scratch: the best", GREY, "x")
+
+
+def family(method: str) -> Family:
+    if method == "ours, obs":
+        return DEFAULT
+    if "random" in method or "scratch" in method:
+        return CONTROL
+    if method.startswith("ours"):
+        return OTHERS
+    return NORMS if "BatchNorm" in method else RAW
+
+
+def draw(points: list[Point], path: Path) -> None:
+    """An .svg with a row of panels for each number of epochs."""
+    panels = sorted({(p.epochs, p.model) for p in points if p.method != "dense"})
+    if not panels:
+        return
+    drawn, found = figure(4.4 * len(panels), 4.2, len(panels), PAPER)
+    for axes, (epochs, model) in zip(found, panels, strict=True):
+        here = [p for p in points if p.model == model and p.epochs == epochs and p.method != "dense"]
+        for kind in (CONTROL, RAW, NORMS, OTHERS, DEFAULT):
+            _family(axes, [p for p in here if family(p.method) == kind], kind)
+        for dense in (p for p in points if p.model == model and p.method == "dense"):
+            axes.axhline(dense.top1, color=PAPER.ink, linewidth=0.8, linestyle="--")
+            axes.annotate("dense", (1, dense.top1), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.set_title(f"{model}, {f'{epochs} epochs' if epochs else 'no training'}", fontsize=10, color=PAPER.ink)
+        axes.set_xlabel("MACs, of the dense model's", color=PAPER.ink)
+    found[0].set_ylabel("top-1 on test, %", color=PAPER.ink)
+    handles, labels = found[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
+    save(drawn, path)
+
+
+def _family(axes: Any, points: list[Point], kind: Family) -> None:
+    if not points:
+        return
+    axes.scatter([p.macs for p in points], [p.top1 for p in points], s=9, color=kind.colour, alpha=0.45, linewidths=0)
+    sizes = {round(p.macs, 1) for p in points}
+    best = sorted((max((p for p in points if round(p.macs, 1) == size), key=lambda p: p.top1) for size in sizes), key=lambda p: p.macs)
+    errors = [[p.top1 - p.low for p in best], [p.high - p.top1 for p in best]]
+    axes.errorbar(
+        [p.macs for p in best], [p.top1 for p in best], errors, color=kind.colour, marker=kind.marker, markersize=5, capsize=2.5,
+        linewidth=1.2, label=kind.label,
+    )  # fmt: skip
