@@ -239,7 +239,7 @@ def grouped(rows: list[Row]) -> list[tuple[tuple[str, float, int, str], list[Row
     found: dict[tuple[str, float, int, str], list[Row]] = defaultdict(list)
     for row in rows:
         found[row["model"], row["cut"], row["epochs"], row["method"]].append(row)
-    return sorted(found.items(), key=lambda item: (*item[0][:3], -max(row.get("top1", -1.0) for row in item[1])))
+    return sorted(found.items(), key=lambda item: (*item[0][:3], -mean(row.get("top1", -1.0) for row in item[1])))
 
 
 def points(rows: list[Row]) -> list[pareto.Point]:

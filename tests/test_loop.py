@@ -104,6 +104,9 @@ def test_loaders_without_a_training_function_use_the_recipe(model: nn.Module, lo
     tuned = result.metrics["history"][-1]
     assert tuned["epochs"] == 1
     assert tuned["val_top1"] > result.metrics["history"][1]["val_top1"], "fine-tuning did not help"
+    assert [epoch["epoch"] for epoch in tuned["training"]] == list(range(1, tuned["epochs"] + 1))
+    assert tuned["training"][-1]["val_top1"] == tuned["val_top1"]
+    assert result.metrics["history"][1]["training"] == []
 
 
 def test_several_cuts_are_one_plan(model: nn.Module, digits: ImageData) -> None:

@@ -28,16 +28,20 @@ METRICS: dict[str, Any] = {
     "verification": {"checks": ["cut 1: shapes as planned", "ONNX Runtime equals PyTorch"], "max_error": 1e-15},
     "history": [
         {"stage": "dense", "macs": 40_000_000, "params": 270_000, "bytes": 1, "epochs": 0, "val_top1": 91.0, "seconds": 1.0,
-         "repair": None},
+         "repair": None, "training": []},
         {
             "stage": "cut 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 0, "val_top1": 70.0, "seconds": 1.0,
+            "training": [],
             "repair": {
                 "criterion": "obs", "tried": [["as cut", 9.5], ["layers refitted", 0.644]], "kept": "layers refitted", "refitted": 9,
                 "refused": "<two models out of step>",
             },
         },
         {"stage": "tuned 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 3, "val_top1": 89.9, "seconds": 1.0,
-         "repair": None},
+         "repair": None, "training": [
+             {"epoch": 1, "train_loss": 0.887, "val_top1": 85.96, "val_loss": 0.471, "lr": 0.02, "seconds": 41.0},
+             {"epoch": 2, "train_loss": 0.556, "val_top1": 89.28, "val_loss": 0.402, "lr": 0.003, "seconds": 42.0},
+         ]},
     ],
     "classes": ["aeroplane", "<script>alert(1)</script>", "unseen"],
     "input": [1, 3, 32, 32],
@@ -103,8 +107,8 @@ def test_it_is_one_static_file() -> None:
     assert found.fetched == []
     assert not found.tags & {"script", "link", "img", "iframe", "object"}
     assert not re.search(r"@import|url\((?!#)", html)
-    assert len(found.ids) == len(set(found.ids)), "ids of the three pictures collide"
-    assert html.count("<svg") == 3
+    assert len(found.ids) == len(set(found.ids)), "ids of the pictures collide"
+    assert html.count("<svg") == 4
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', html)) <= set(found.ids)
 
 
@@ -136,6 +140,15 @@ def test_the_numbers_are_there() -> None:
     ):
         assert text in html, text
     assert "and 3 more" in html
+
+
+def test_each_epoch_is_there_and_without_training_there_is_no_such_part() -> None:
+    html = page()
+    for text in ("epoch by epoch", "0.887", "0.471", "85.96 %", "0.003"):
+        assert text in html, text
+    untrained = copy.deepcopy(METRICS)
+    untrained["history"] = untrained["history"][:2]
+    assert "epoch by epoch" not in page(metrics=untrained)
 
 
 def test_a_missed_target_is_said() -> None:

@@ -106,6 +106,7 @@ def _step(bench: Workbench, snapshot: Snapshot) -> Json:
         "val_top1": snapshot.top1,
         "seconds": bench.run.seconds().get(snapshot.stage, 0.0),
         "repair": None if snapshot.epochs else snapshot.recovery,
+        "training": [dict(result) for result in snapshot.training],
     }
 
 

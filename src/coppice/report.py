@@ -31,6 +31,7 @@ def render_report(
     pictures = {
         "widths": inline(_widths_picture(widths), "widths", "Width of every prunable axis before and after"),
         "steps": inline(_steps_picture(metrics), "steps", "Validation top-1 against MACs over the steps of the loop"),
+        "epochs": inline(_epochs_picture(metrics), "epochs", "Training loss and validation top-1 epoch by epoch"),
         "classes": inline(_classes_picture(metrics), "classes", "Change of test accuracy by class"),
     }
     return page(
@@ -101,6 +102,26 @@ def _steps_picture(metrics: Mapping[str, Any]) -> Figure:
     axes.set_xlabel("MACs, as a fraction of the dense model", color=PAGE.ink)
     axes.set_ylabel("top-1 on validation, %", color=PAGE.ink)
     axes.margins(x=0.12, y=0.15)
+    return drawn
+
+
+def _epochs_picture(metrics: Mapping[str, Any]) -> Figure:
+    """Every epoch of every fine-tuning, one after the other: the loss trained on, and the accuracy that it led to."""
+    drawn, panels = figure(8, 2.8, 2)
+    began = 0
+    for step in metrics["history"]:
+        results = step["training"]
+        epochs = [began + result["epoch"] for result in results]
+        for axes, key, colour in zip(panels, ("train_loss", "val_top1"), (PAGE.warn, PAGE.accent), strict=True):
+            axes.plot(epochs, [result[key] for result in results], color=colour, marker="o", markersize=3.5, linewidth=1.4)
+            if began and results:
+                axes.axvline(began + 0.5, color=PAGE.muted, linewidth=1)
+        began += len(results)
+    for axes, label in zip(panels, ("training loss", "top-1 on validation, %"), strict=True):
+        axes.set_xlabel("epoch", color=PAGE.ink)
+        axes.set_ylabel(label, color=PAGE.ink)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(x=0.05, y=0.12)
     return drawn
 
 

@@ -57,7 +57,8 @@ class Workbench:
 class Snapshot:
     """A model on the way: a plan against the dense model (None: the dense model itself), its stored weights, what it costs and reaches.
 
-    `checks` and `max_error` are those of every cut that led here, `recovery` the last one's `coppice.recovery.Recovery`.
+    `checks` and `max_error` are those of every cut that led here, `recovery` the last one's `coppice.recovery.Recovery`; `training` is what
+    each epoch of the fine-tuning that ended here gave (`coppice.train.EpochResult`).
     """
 
     stage: str
@@ -69,6 +70,7 @@ class Snapshot:
     checks: Sequence[str] = ()
     max_error: float = 0.0
     recovery: Mapping[str, Any] | None = None
+    training: Sequence[Mapping[str, Any]] = ()
 
     @property
     def top1(self) -> float:
@@ -210,6 +212,7 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
         recipe = replace(config.recipe, epochs=epochs, precision=precision, lr=config.recipe.peak_lr() * rate)
         checkpoint = bench.run.state_path(f"{name}.checkpoint")
         bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
+        results: list[EpochResult] = []
         if bench.train is not None:
             with bench.progress.bar(f"{name}: fine-tuning with your own function"):
                 bench.train(model, epochs)
@@ -217,7 +220,7 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
             teacher = bench.dense if recipe.taught else None
             plan = None if before.plan is None else Plan.from_json(before.plan)
             with bench.progress.bar(f"{name}: fine-tuning") as advance:
-                fine_tune(
+                results = fine_tune(
                     model,
                     bench.data,
                     recipe,
@@ -235,7 +238,8 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
             bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
         state = before.state if worse else bench.run.save_state(name, model.state_dict())
         checkpoint.unlink(missing_ok=True)
-        return asdict(replace(before, stage=name, state=state, val=before.val if worse else val, epochs=epochs))
+        kept = before.val if worse else val
+        return asdict(replace(before, stage=name, state=state, val=kept, epochs=epochs, training=[asdict(result) for result in results]))
 
     return Snapshot(**bench.run.stage(name, work))
 
