@@ -27,7 +27,8 @@ from coppice.progress import Advance
 from coppice.saliency import Scores
 from coppice.torch.apply import apply
 from coppice.torch.elimination import Refitter, divergence
-from coppice.torch.program import coupled_on, is_held_out, named_tensors, of_one_shape
+from coppice.torch.program import coupled_on, is_held_out, of_one_shape
+from coppice.torch.trees import named_tensors
 
 PARTS = (0.75, 0.5, 0.25)
 Batch = tuple[Tensor, Any] | list[Any]

@@ -9,7 +9,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coppice.errors import CoppiceError
+from coppice.torch.trees import named_tensors
 
 _SHOWN = 3  # names listed in a message before "and N more"
 
@@ -217,7 +217,7 @@ def _check_fits(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
 def _aliases(model: nn.Module, names: Iterable[str]) -> set[str]:
     """`names`, and every other name of the same tensors: a parameter under two names may be saved under one."""
     by_tensor: dict[int, list[str]] = {}
-    for name, tensor in chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+    for name, tensor in named_tensors(model).items():
         by_tensor.setdefault(id(tensor), []).append(name)
     given = set(names)
     return given.union(*(group for group in by_tensor.values() if not given.isdisjoint(group)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coppice.coupling import Mask
 from coppice.errors import CoppiceError
 from coppice.planning import Plan
-from coppice.torch.trees import copied, without_collection
+from coppice.torch.trees import copied, named_tensors, without_collection
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -82,8 +82,7 @@ def slice_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, pr
 def _edited_copy(model: nn.Module, plan: Plan, edit: Callable[[Tensor, list[Mask] | None], Tensor | None]) -> nn.Module:
     """A deep copy in which every parameter and buffer is what ``edit`` makes of it (None: an ordinary copy)."""
     changed = plan.changed()
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
+    tensors = named_tensors(model)
     for name in plan.tensors:
         if name not in tensors:
             raise CoppiceError(f"the plan names {name}, which this model does not have; give the model that the plan was made for")

@@ -25,7 +25,8 @@ from coppice.coupling import Coupling, Mask, PrunableAxis, keep_mask
 from coppice.graph import Kind
 from coppice.saliency import per_index
 from coppice.torch.layers import Layer, find_layers
-from coppice.torch.program import Program, coupled_on, is_held_out, named_tensors, of_one_shape
+from coppice.torch.program import Program, coupled_on, is_held_out, of_one_shape
+from coppice.torch.trees import named_tensors
 
 RIDGE = 1e-3  # relative to the mean of the Gram matrix's diagonal
 SCARCITY = 0.1  # and as much more as there are features for a sample

@@ -18,7 +18,7 @@ from coppice.errors import CoppiceError
 from coppice.graph import Kind, Op, Value
 from coppice.torch.aten import Ref
 from coppice.torch.capture import capture, quiet_eval, record
-from coppice.torch.trees import leaves, mapped_only, tensors_in
+from coppice.torch.trees import leaves, mapped_only, named_tensors, tensors_in
 
 _HELD_OUT = 4  # one calibration batch in so many judges, the others are fitted to
 MEMORY = 3 * 2**30  # bytes of intermediate values that are held at a time
@@ -144,11 +144,6 @@ def coupled_on(model: nn.Module, coupling: Coupling, batch: Tensor) -> Coupling:
             f"on batches of {len(batch)} images the model has other axes than on the example input; capture it with such a batch"
         )
     return here
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under each of its names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def of_one_shape(batches: Iterable[Tensor]) -> list[Tensor]:

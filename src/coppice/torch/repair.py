@@ -25,7 +25,8 @@ from coppice.torch.apply import sliced
 from coppice.torch.aten import base_name
 from coppice.torch.layers import Layer, Norm, find_layers, only_use
 from coppice.torch.lockstep import COPIES
-from coppice.torch.program import Program, coupled_on, is_held_out, named_tensors, of_one_shape
+from coppice.torch.program import Program, coupled_on, is_held_out, of_one_shape
+from coppice.torch.trees import named_tensors
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # tried on held-out images, relative to the mean of the Gram matrix's diagonal
 SAMPLES_A_FEATURE = 24  # rows of the least-squares problem for each of its unknowns, where there are that many

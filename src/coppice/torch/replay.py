@@ -21,7 +21,7 @@ from coppice.graph import Kind, Op
 from coppice.torch.aten import Ref, base_name
 from coppice.torch.capture import Replayable, default_double, in_double, quiet_eval
 from coppice.torch.decisions import Decision, decide
-from coppice.torch.trees import leaves, mapped_only, tensors_in
+from coppice.torch.trees import leaves, mapped_only, named_tensors, tensors_in
 
 
 def _at_new_sizes(name: str, args: tuple[Any, ...], groups: int) -> tuple[Any, ...]:
@@ -64,10 +64,7 @@ class Replay:
         self.coupling, self.keep = coupling, keep
         self.env: dict[int, Tensor] = {}
         graph = coupling.graph
-        named: dict[str, Tensor] = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+        named = named_tensors(model)
         for value in graph.weights():
             self.env[value.id] = in_double(named[value.names[0]])
         self.env.update({k: in_double(v).clone() for k, v in {**graph.origin.constants, **(numbers or {})}.items()})

@@ -1,4 +1,4 @@
-"""Nested arguments of ops (tuples, lists, dicts) and copies of module trees: at every op and every trial, so written to be fast."""
+"""Nested arguments of ops (tuples, lists, dicts); module trees, their tensors and copies. At every op and trial, so written to be fast."""
 
 from __future__ import annotations
 
@@ -101,6 +101,11 @@ def _is_copied_by_state(kind: type) -> bool:
         slots = any(getattr(base, "__slots__", ()) for base in kind.__mro__)
         found = _by_state[kind] = same and not slots
     return found
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under each of its names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

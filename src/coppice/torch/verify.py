@@ -29,6 +29,7 @@ from coppice.torch.capture import OnOp, Recorder, decisions_of, in_double, recor
 from coppice.torch.decisions import Decision
 from coppice.torch.lockstep import Step, first_difference, planned, step
 from coppice.torch.replay import Replay
+from coppice.torch.trees import named_tensors
 
 TOLERANCE = 1e-7  # of the largest output; double precision leaves nine more orders for a real mistake to show
 
@@ -90,10 +91,10 @@ def _randomise(dense: nn.Module, small: nn.Module, plan: Plan) -> None:
     """The same random weights in both: scaled by fan-in, positive where there is one a channel (a variance must be)."""
     generator = torch.Generator().manual_seed(0)
     changed = plan.changed()
-    tensors = _tensors(small)
+    tensors = named_tensors(small)
     done: set[int] = set()
     buffers = {name for name, _ in dense.named_buffers()}
-    for name, tensor in _tensors(dense).items():
+    for name, tensor in named_tensors(dense).items():
         if id(tensor) in done or not tensor.is_floating_point() or (name in buffers and "running_" not in name):
             continue
         done.add(id(tensor))
@@ -104,13 +105,9 @@ def _randomise(dense: nn.Module, small: nn.Module, plan: Plan) -> None:
         tensors[name].data.copy_(sliced(tensor, masks) if masks else tensor)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
-
 def _check_tensors(model: nn.Module, pruned: nn.Module, plan: Plan) -> str:
     """Every tensor is the dense one's kept part, bit for bit."""
-    dense, small = _tensors(model), _tensors(pruned)
+    dense, small = named_tensors(model), named_tensors(pruned)
     changed = plan.changed()
     if dense.keys() != small.keys():
         raise VerificationError(f"the pruned model has other tensors than the dense one: {min(dense.keys() ^ small.keys())}")
