@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,11 @@ class Runtime:
     extra: str
     start: Start
     reads_onnx: bool = True
+
+    def version(self) -> str:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(self.package)
+        return str(getattr(importlib.import_module(self.package), "__version__", "unknown"))  # builds that go by another name
 
 
 def _eager(subject: Subject, batch: int, threads: int) -> Run:
@@ -139,8 +145,11 @@ def _openvino(subject: Subject, batch: int, threads: int) -> Run:
     return lambda: request.infer({0: x}, share_inputs=True)
 
 
-def openvino_model(path: Path, shape: Sequence[int], threads: int, name: str, **properties: Any) -> Any:
-    """A compiled model for the CPU: fp32 as everywhere else, one stream (latency), threads left to the system and to our own pinning."""
+def openvino_model(path: Path, shape: Sequence[int] | None, threads: int, name: str, **properties: Any) -> Any:
+    """A compiled model for the CPU: fp32 as everywhere else, one stream (latency), threads left to the system and to our own pinning.
+
+    ``shape``: the input's, where the file leaves it open.
+    """
     import openvino
 
     core = openvino.Core()
@@ -149,7 +158,8 @@ def openvino_model(path: Path, shape: Sequence[int], threads: int, name: str, **
     }  # fmt: skip
     with one_sentence(f"OpenVINO can't run {name}"):
         model = core.read_model(path)
-        model.reshape({model.inputs[0]: list(shape)})
+        if shape is not None:
+            model.reshape({model.inputs[0]: list(shape)})
         return core.compile_model(model, "CPU", chosen)
 
 
