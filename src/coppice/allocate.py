@@ -29,7 +29,9 @@ FINEST = 32  # steps an axis is cut in at most: finer steps cost time and change
 class Bundle:
     """Axes whose widths move in proportion, mostly one.
 
-    ``levels``: the parts of ``whole`` it may keep, rising; ``at``: the present one; ``least``: the lowest it may go to.
+    ``levels``: the parts of ``whole`` it may keep, rising; ``at``: the present one; ``least``: the lowest it may go to. ``terms`` are the
+    costs that its widths are in, ``near`` the bundles whose widths are in one of these too, itself included, and ``step_down`` what its
+    next step down saves and loses, as long as no bundle nearby moved.
     """
 
     axes: list[PrunableAxis]
@@ -38,6 +40,9 @@ class Bundle:
     at: int
     least: int = 0
     order: list[np.ndarray] = field(default_factory=list)
+    terms: list[Term] = field(default_factory=list)
+    near: list[Bundle] = field(default_factory=list)
+    step_down: tuple[dict[str, float], float] | None = None
 
     def kept(self, axis: PrunableAxis, level: int) -> int:
         return axis.width // self.whole * self.levels[level]
@@ -79,12 +84,19 @@ class _Allocation:
         moving = {axis.atom for bundle in self.bundles for axis in bundle.axes}
         self.terms = [t.within(moving) for t in coupling.cost_terms if t.kind in target]
         self.values: dict[int, int] = {}  # of the terms at the present widths
-        self.touching: dict[Axis, list[Term]] = {}
-        for term in self.terms:
-            for atom in {a for axis in term.axes for a in atoms(axis)}:
-                self.touching.setdefault(atom, []).append(term)
         for bundle in self.bundles:
             bundle.order = [np.argsort(scores[a.id], kind="stable") for a in bundle.axes]
+        self._find_neighbours()
+
+    def _find_neighbours(self) -> None:
+        moved_by = {axis.atom: bundle for bundle in self.bundles for axis in bundle.axes}
+        for term in self.terms:
+            together = list(dict.fromkeys(moved_by[a] for axis in term.axes for a in atoms(axis) if a in moved_by))
+            for bundle in together:
+                bundle.terms.append(term)
+                bundle.near += together
+        for bundle in self.bundles:
+            bundle.near = list(dict.fromkeys([bundle, *bundle.near]))
 
     def total(self) -> dict[str, float]:
         spent = dict.fromkeys(self.target, 0.0)
@@ -99,8 +111,10 @@ class _Allocation:
         bundle.at = level
         for axis in bundle.axes:
             self.widths[axis.atom] = bundle.kept(axis, level)
-            for term in self.touching.get(axis.atom, ()):
-                self.values.pop(id(term), None)
+        for term in bundle.terms:
+            self.values.pop(id(term), None)
+        for other in bundle.near:
+            other.step_down = None
 
     def _value(self, term: Term) -> int:
         found = self.values.get(id(term))
@@ -125,11 +139,13 @@ class _Allocation:
 
     def _saving(self, bundle: Bundle, level: int) -> dict[str, float]:
         """What going from the present level to ``level`` saves of every budget."""
-        terms = {id(t): t for a in bundle.axes for t in self.touching.get(a.atom, ())}
-        after = {**self.widths, **{a.atom: bundle.kept(a, level) for a in bundle.axes}}
+        before = [self._value(term) for term in bundle.terms]
+        widths = {a.atom: self.widths[a.atom] for a in bundle.axes}
+        self.widths.update({a.atom: bundle.kept(a, level) for a in bundle.axes})
         saved = dict.fromkeys(self.target, 0.0)
-        for term in terms.values():
-            saved[term.kind] += self._value(term) - term.evaluate(after)
+        for term, value in zip(bundle.terms, before, strict=True):
+            saved[term.kind] += value - term.evaluate(self.widths)
+        self.widths.update(widths)
         return saved
 
     def _loss(self, bundle: Bundle, level: int) -> float:
@@ -142,11 +158,12 @@ class _Allocation:
 
     def _price(self, bundle: Bundle, over: Mapping[str, float]) -> float:
         """What this bundle's next step down costs: score for each unit of excess saved, or mean score where scores have no unit."""
-        saved = self._saving(bundle, bundle.at - 1)
+        if bundle.step_down is None:
+            bundle.step_down = self._saving(bundle, bundle.at - 1), self._loss(bundle, bundle.at - 1)
+        saved, loss = bundle.step_down
         gain = sum(saved[k] / amount for k, amount in over.items())
         if gain <= 0:
             return math.inf
-        loss = self._loss(bundle, bundle.at - 1)
         if self.scores.additive:
             return loss / gain
         return loss / sum(bundle.kept(a, bundle.at) - bundle.kept(a, bundle.at - 1) for a in bundle.axes)
@@ -206,7 +223,8 @@ class _Allocation:
                 if heap and price > heap[0][0]:
                     heapq.heappush(heap, (price, k))  # it got dearer since it was priced
                     continue
-                for kind, saved in self._saving(bundle, bundle.at - 1).items():
+                assert bundle.step_down is not None  # it was priced just now
+                for kind, saved in bundle.step_down[0].items():
                     spent[kind] -= saved
                 self.set_level(bundle, bundle.at - 1)
                 history.append(bundle)

@@ -42,7 +42,11 @@ class Term:
         return Term(self.kind, tuple(axes), self.scale * still, self.divisor)
 
     def evaluate(self, widths: Mapping[Axis, int]) -> int:
-        return math.prod(width(a, widths) for a in self.axes) * self.scale // self.divisor
+        product = self.scale
+        for axis in self.axes:
+            given = widths.get(axis)
+            product *= width(axis, widths) if given is None else given
+        return product // self.divisor
 
 
 def width(axis: Axis, widths: Mapping[Axis, int]) -> int:

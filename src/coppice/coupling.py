@@ -10,6 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from coppice.cost import Cost, Term
 from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op
 from coppice.movement import FIXED, SHAPE_RULES, Dims, cut, fixed
-from coppice.notation import Dim, Line, Special, parse, spread
+from coppice.notation import Dim, Special, parse, spread
 from coppice.rules import LINES
 
 Mask = NDArray[np.bool_]
@@ -254,9 +255,8 @@ def apply_rule(op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]) -> t
             info.letters["start"] = cut(operands[0][op.attrs["dim"]], op.attrs["start"])[0]
         return results, info, []
     rule = LINES[op.rule]
-    line = parse(rule.text(op.attrs))
     try:
-        return _apply_line(line, rule.macs, op, operands, shapes)
+        return _apply_line(rule.text(op.attrs), rule.macs, op, operands, shapes)
     except ValueError as error:
         reason = f"{op.name} does not fit its rule: {error}"
         return SHAPE_RULES["unknown"](operands, shapes, {"reason": reason}), OpDims(), []
@@ -303,43 +303,60 @@ def _order(dim: Dim) -> int:
     return len(dim) if isinstance(dim, tuple) else 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A line with its ellipses opened for operands and results of given ranks; tensors are counted through, operands first.
+
+    ``order``: ``(dim, tensor, its place)`` as they are bound; ``ellipses``: the places of each tensor's ellipsis.
+    """
+
+    spreads: list[list[Dim]]
+    results: list[list[Dim]]
+    order: list[tuple[Dim, int, int]]
+    ellipses: list[list[int]]
+    contracted: list[tuple[int, int]]  # where a summed-away letter stands: there a removed index is masked to take it out of the sum
+
+
+@cache
+def _layout(text: str, ranks: tuple[int | None, ...], out_ranks: tuple[int, ...]) -> _Layout:
+    """``ranks``: None for an operand that is not given."""
+    line = parse(text)
+    spreads = [spread(p, rank) if rank is not None else [] for p, rank in zip(line.operands, ranks, strict=False)]
+    results = [spread(p, rank) for p, rank in zip(line.results, out_ranks, strict=False)]
+    places = [(dim, k, d) for k, dims in enumerate([*spreads, *results]) for d, dim in enumerate(dims)]
+    contracted = [(k, d) for dim, k, d in places if k < len(spreads) and isinstance(dim, tuple) and set(dim) & line.contracted]
+    ellipses = [[d for d, dim in enumerate(dims) if dim is Special.ELLIPSIS] for dims in (*spreads, *results)]
+    return _Layout(spreads, results, sorted(places, key=lambda place: _order(place[0])), ellipses, contracted)
+
+
 def _apply_line(
-    line: Line, macs: tuple[str, ...], op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]
+    text: str, macs: tuple[str, ...], op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]
 ) -> tuple[list[Dims], OpDims, list[list[Axis]]]:
+    line = parse(text)
+    ranks = tuple([None if v is None else len(o) for v, o in zip(op.inputs, operands, strict=True)])
+    layout = _layout(text, ranks, tuple(map(len, shapes)))
+    spreads, results = layout.spreads, layout.results
     letters = _Letters(op.attrs.get("sizes", {}), op.attrs.get("fixed", {}))
-    spreads = [spread(p, len(o)) if v is not None else [] for p, o, v in zip(line.operands, operands, op.inputs, strict=False)]
-    results = [spread(p, len(s)) for p, s in zip(line.results, shapes, strict=False)]
-    pairs = [(d, a) for dims, axes in zip(spreads, operands, strict=False) for d, a in zip(dims, axes, strict=True)]
     outs = [[Axis(size) for size in shape] for shape in shapes[: len(results)]]
-    pairs += [(d, a) for dims, axes in zip(results, outs, strict=True) for d, a in zip(dims, axes, strict=True)]
-    for dim, axis in sorted(pairs, key=lambda pair: _order(pair[0])):
-        letters.bind(dim, axis)
-    _broadcast_ellipsis(spreads, operands, results, outs)
-    for letter in line.mixed & letters.bound.keys():
+    tensors: list[Sequence[Axis]] = [*operands[: len(spreads)], *outs]
+    for dim, k, d in layout.order:
+        letters.bind(dim, tensors[k][d])
+    _broadcast_ellipsis([[axes[d] for d in places] for places, axes in zip(layout.ellipses, tensors, strict=True) if places])
+    mixed = sorted(line.mixed & letters.bound.keys())
+    for letter in mixed:
         mix(letters.bound[letter])
-    info = OpDims(letters=letters.bound, mixes=[letters.bound[x] for x in sorted(line.mixed & letters.bound.keys())])
-    info.contracted = _contracted(line, spreads)
+    info = OpDims(layout.contracted, [letters.bound[x] for x in mixed], letters.bound)
     products = [_monomial(text, letters, spreads, operands, outs, results) for text in macs]
     extra = [fixed(shape) for shape in shapes[len(results) :]]
     return [*map(tuple, outs), *extra], info, products
 
 
-def _broadcast_ellipsis(spreads: list[list[Dim]], operands: list[Dims], results: list[list[Dim]], outs: list[list[Axis]]) -> None:
-    def those(dims: Sequence[Dim], axes: Sequence[Axis]) -> list[Axis]:
-        return [a for d, a in zip(dims, axes, strict=True) if d is Special.ELLIPSIS]
-
-    groups = [those(d, a) for d, a in zip([*spreads, *results], [*operands[: len(spreads)], *outs], strict=True)]
+def _broadcast_ellipsis(groups: list[list[Axis]]) -> None:
     for group in groups:
         for back in range(1, len(group) + 1):
             for other in groups:
-                if len(other) >= back and find(other[-back]).size != 1 != find(group[-back]).size:
+                if other is not group and len(other) >= back and find(other[-back]).size != 1 != find(group[-back]).size:
                     unify(group[-back], other[-back])
-
-
-def _contracted(line: Line, spreads: list[list[Dim]]) -> list[tuple[int, int]]:
-    """Where a summed-away letter stands, ``(operand, dim)``: there a removed index is masked to take it out of the sum."""
-    places = [(k, d, dim) for k, dims in enumerate(spreads) for d, dim in enumerate(dims)]
-    return [(k, d) for k, d, dim in places if isinstance(dim, tuple) and set(dim) & line.contracted]
 
 
 def _monomial(

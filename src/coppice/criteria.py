@@ -82,9 +82,9 @@ class Request:
     def front_end(self) -> Any:
         return self.coupling.graph.origin
 
-    def per_index(self, elements: Mapping[str, Array]) -> ByAxis:
-        """Saliencies of elements, put together as was asked for."""
-        return per_index(self.coupling, elements, self.aggregation)
+    def per_index(self, elements: Mapping[str, Array], saliency: Callable[[Array], Array] | None = None) -> ByAxis:
+        """Saliencies of elements, put together as was asked for; with ``saliency`` what they are worked out from."""
+        return per_index(self.coupling, elements, self.aggregation, saliency)
 
 
 Element = Callable[[Array, Array | None], Array]
@@ -95,7 +95,7 @@ def of_weights(element: Element) -> Callable[[Request], ByAxis]:
 
     def scores(request: Request) -> ByAxis:
         weights = request.front_end.parameters(request.model)
-        return request.per_index({name: element(weight, None) for name, weight in weights.items()})
+        return request.per_index(weights, lambda weight: element(weight, None))
 
     return scores
 

@@ -76,8 +76,11 @@ class Plan:
 
     def changed(self) -> dict[str, list[Mask]]:
         """The masks of every tensor that loses something."""
-        masks = {name: self.masks(name) for name in self.tensors}
-        return {name: found for name, found in masks.items() if not all(m.all() for m in found)}
+        read: dict[str, Mask] = {}  # tensors share most expressions
+        for name, dims in self.tensors.items():
+            read.update({text: _read(text, self.axes, name) for text in dims if text not in read})
+        cut = {text for text, mask in read.items() if not mask.all()}
+        return {name: [read[text] for text in dims] for name, dims in self.tensors.items() if not cut.isdisjoint(dims)}
 
 
 def _size(value: object) -> int | list[int]:

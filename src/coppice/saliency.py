@@ -36,10 +36,13 @@ class Scores:
 BLOCK = 2**16  # elements
 
 
-def per_index(coupling: Coupling, elements: Mapping[str, Array], aggregation: str = "sum") -> ByAxis:
+def per_index(
+    coupling: Coupling, elements: Mapping[str, Array], aggregation: str = "sum", saliency: Callable[[Array], Array] | None = None
+) -> ByAxis:
     """From element saliencies (parameter name -> array of its shape) to those of each index of each prunable axis.
 
-    Over everything that an index touches (rows of filters, norms, columns of consumers) by one of ``AGGREGATIONS``.
+    Over everything that an index touches (rows of filters, norms, columns of consumers) by one of ``AGGREGATIONS``. With ``saliency``,
+    ``elements`` are what that works the saliencies out from, a piece at a time.
     """
     ids = {axis.atom: axis.id for axis in coupling.prunable}
     parts: dict[int, list[Array]] = {axis.id: [np.zeros(axis.width)] if aggregation == "sum" else [] for axis in coupling.prunable}
@@ -48,7 +51,7 @@ def per_index(coupling: Coupling, elements: Mapping[str, Array], aggregation: st
         if array is None:
             continue
         wanted = {dim: axis for dim, axis in enumerate(coupling.dims[value.id]) if find(axis).pinned is None}
-        for dim, sums in _sums(array, list(wanted)).items():
+        for dim, sums in _sums(array, list(wanted), saliency or np.asarray).items():
             here: ByAxis = defaultdict(_nought)
             share_out(wanted[dim], sums, ids, here)
             if aggregation == "mean":
@@ -94,15 +97,15 @@ def isomorphic(coupling: Coupling) -> list[list[PrunableAxis]]:
     return list(groups.values())
 
 
-def _sums(array: Array, dims: list[int]) -> dict[int, Array]:
+def _sums(array: Array, dims: list[int], saliency: Callable[[Array], Array]) -> dict[int, Array]:
     """For each of ``dims``, the sum over all the others, in double precision; one pass, a block that fits a cache at a time."""
     if not dims or array.ndim < 2:
-        return {dim: array.astype(np.float64) for dim in dims}
+        return {dim: saliency(array).astype(np.float64) for dim in dims}
     table = array.reshape(len(array), math.prod(array.shape[1:]))
     rows, columns = np.empty(len(table)), np.zeros(table.shape[1])
     step = max(1, BLOCK // max(1, table.shape[1]))
     for start in range(0, len(table), step):
-        block = table[start : start + step].astype(np.float64)
+        block = saliency(table[start : start + step]).astype(np.float64)
         rows[start : start + step] = block.sum(axis=1)
         columns += block.sum(axis=0)
     rest = columns.reshape(array.shape[1:])

@@ -130,3 +130,56 @@ def test_ops_made_of_others_are_taken_apart() -> None:
     coupling = coppice.couple(graph)
     assert coupling.pins.keys() == {"model input", "model output"}
     assert {site for axis in coupling.prunable for site in axis.sites} >= {("conv.weight", 0), ("act.weight", 0), ("fc.weight", 1)}
+
+
+class Swallows(nn.Module):
+    """Looks at a value, and goes another way where it can't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        try:
+            return torch.relu(y) if float(x.sum()) < 1e9 else y
+        except Exception:
+            return torch.tanh(y)
+
+
+class Fills(nn.Module):
+    """Writes into a tensor of its own making, and looks at what is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros(len(x), 6)
+        y[:, :3] = self.fc(x)[:, :3].square() + 1
+        return torch.relu(y) if y.numpy().any() else torch.tanh(y)
+
+
+@pytest.mark.parametrize("model", [Swallows(), Fills()], ids=["caught", "written"])
+def test_code_that_looks_at_values_gets_them(model: nn.Module) -> None:
+    graph = coppice.capture(model, torch.randn(3, 4))
+    names = [op.name for op in graph.ops]
+    assert "aten.relu" in names
+    assert "aten.tanh" not in names
+    assert graph.origin.with_values
+
+
+class Attends(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_nothing_is_computed_where_shapes_say_all() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(2), Attends(36, 4, batch_first=True))
+    x = torch.randn(2, 3, 8, 8)
+    quick, slow = coppice.capture(model, x), coppice.capture(model, x, values=True)
+    assert not quick.origin.with_values
+    assert slow.origin.with_values
+    assert [(op.name, op.rule, op.attrs, quick.shape(op.outputs[0])) for op in quick.ops] == [
+        (op.name, op.rule, op.attrs, slow.shape(op.outputs[0])) for op in slow.ops
+    ]

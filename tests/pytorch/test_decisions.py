@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 import coppice
-import coppice.torch.trial
+import coppice.torch.shapes
 from coppice.testing import random_plan
 
 
 @pytest.fixture(autouse=True, params=["real", "fake"])
 def tensors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coppice.torch.trial, "ON_SHAPES", request.param != "real")
+    monkeypatch.setattr(coppice.torch.shapes, "USED", request.param != "real")
 
 
 class Detector(nn.Module):

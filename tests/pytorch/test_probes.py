@@ -46,7 +46,7 @@ def settled(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> bool:
 
     def bind(origin: Origin, coupling: coppice.coupling.Coupling) -> None:
         bind_known_modules(model, coupling)
-        answers.append(agrees_at_once(Trials(model, origin.inputs, coupling), coupling))
+        answers.append(agrees_at_once(Trials(coupling), coupling))
 
     monkeypatch.setattr(Origin, "bind_sizes", bind)
     coppice.couple(coppice.capture(model.eval(), torch.randn(1, 3, 8, 8)))

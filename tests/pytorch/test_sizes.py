@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coppice
-import coppice.torch.trial
+import coppice.torch.shapes
 from coppice.axes import atoms, find
 from coppice.coupling import Coupling
 from coppice.testing import random_plan
@@ -19,8 +19,8 @@ from coppice.testing.blocks import ClassicAttention, Residual, Split, StoredAtte
 
 @pytest.fixture(autouse=True, params=["real", "fake"])
 def tensors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs twice: the code is tried on real tensors, and on fake ones as for a large model."""
-    monkeypatch.setattr(coppice.torch.trial, "ON_SHAPES", request.param != "real")
+    """Every test runs twice: the code is recorded and tried on real tensors, and on ones without values."""
+    monkeypatch.setattr(coppice.torch.shapes, "USED", request.param != "real")
 
 
 def coupled(model: nn.Module, *inputs: Tensor) -> Coupling:

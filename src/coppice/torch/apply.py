@@ -111,7 +111,7 @@ def _edited_copy(model: nn.Module, plan: Plan, edit: Callable[[Tensor, list[Mask
 def set_size(module: nn.Module, attribute: str, value: int | list[int]) -> None:
     """Set an attribute that holds a size, keeping the type of a sequence."""
     if isinstance(value, list):
-        old = getattr(module, attribute)
+        old = getattr(module, attribute, None)
         setattr(module, attribute, type(old)(value) if isinstance(old, (tuple, list)) else tuple(value))
     else:
         setattr(module, attribute, value)

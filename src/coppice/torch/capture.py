@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_flatten
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, Op, Value
-from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, translate
+from coppice.torch import shapes
+from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, refs_in, translate
 from coppice.torch.decisions import Decision, decide, decides
-from coppice.torch.trees import leaves, mapped, mapped_only, tensors_in, without_collection
+from coppice.torch.shapes import ShapeTensor, without_values
+from coppice.torch.trees import buffers_of, leaves, mapped, mapped_only, modules_of, parameters_of, tensors_in, without_collection
 
 # Ops that neither compute nor move anything worth a line in the graph.
 IGNORED = {
@@ -32,8 +34,14 @@ IGNORED = {
 }
 
 
+OTHER_WITHOUT_VALUES = {"aten::mkldnn_rnn_layer"}  # PyTorch answers more results on tensors without values
+
 LOW = (torch.float16, torch.bfloat16, torch.float32)
 OnOp = Callable[[Op, list[Tensor]], None]
+
+
+class NoValuesError(Exception):
+    """The code looks at values, of tensors that have none."""
 
 
 @dataclass(slots=True)
@@ -43,33 +51,41 @@ class Origin:
     model: nn.Module
     inputs: tuple[Any, ...]
     constants: dict[int, Tensor]
+    ran: nn.Module  # the model as that pass left it: itself, or a copy without values
     again: bool = False  # recorded a second time, since the first forward pass was not like those after it
+
+    @property
+    def with_values(self) -> bool:
+        """Whether the ops were computed, not only their shapes."""
+        return self.ran is self.model
 
     def bind_sizes(self, coupling: Coupling) -> Graph | None:
         """Find out which attributes of the user's modules hold a width, and which widths the code ties or freezes.
 
-        Where the recorded pass was not like those after it (modules that set something up when first called), answers a new recording.
+        Where the recorded pass was not like those after it (modules that set something up when first called, code that goes another way on
+        tensors without values), answers a new recording, with values.
         """
         from coppice.torch.known import bind_known_modules
         from coppice.torch.probes import agrees_at_once
         from coppice.torch.sizes import bind_sizes, check_training
         from coppice.torch.trial import Trials
 
-        trials = Trials(self.model, self.inputs, coupling)
-        bind_known_modules(self.model, coupling)
-        if agrees_at_once(trials, coupling):
-            check_training(trials, coupling)
-            return None
-        if trials.at_rest is not None and not self.again:
-            graph = capture(self.model, self.inputs)
-            graph.origin.again = True
-            return graph
-        bind_sizes(self.model, trials, coupling)
+        with without_collection():
+            trials = Trials(coupling)
+            bind_known_modules(self.model, coupling)
+            if agrees_at_once(trials, coupling):
+                check_training(trials, coupling)
+                return None
+            if trials.at_rest is not None and not self.again:
+                graph = capture(self.model, self.inputs, values=True)
+                graph.origin.again = self.with_values
+                return graph
+            bind_sizes(self.ran, trials, coupling)
         return None
 
     def parameters(self, model: nn.Module) -> dict[str, NDArray[Any]]:
         """Every parameter as a NumPy array."""
-        return {name: p.detach().float().cpu().numpy() for name, p in model.named_parameters() if p.is_floating_point()}
+        return {name: p.detach().float().cpu().numpy() for name, p in parameters_of(modules_of(model)) if p.is_floating_point()}
 
     def gradients(
         self, model: nn.Module, batches: Iterable[Any], loss: Callable[..., Tensor] | None
@@ -135,44 +151,67 @@ class Recorder(TorchDispatchMode):
         self.ops: list[Op] = []
         self.constants: dict[int, Tensor] = {}
         self.stack: list[str] = [""]
-        self._ids: dict[int, _Known] = {}
+        known: dict[int, _Known] = {}
+        self._known = known
+        self._forget = lambda gone: known.pop(gone.key, None)
         self._keep: list[Tensor] = []
         self._on_op = on_op
         self._decisions = None if decisions is None else list(decisions)[::-1]
         self._double = double
-        for kind, named in ((Kind.PARAMETER, model.named_parameters), (Kind.BUFFER, model.named_buffers)):
-            for name, tensor in named(remove_duplicate=False):
-                if tensor is not None:
-                    self._name(tensor, kind, name)
+        self.needs_values = False  # whether the code looked at values of tensors that have none
+        modules = modules_of(model)
+        for kind, named in ((Kind.PARAMETER, parameters_of(modules)), (Kind.BUFFER, buffers_of(modules))):
+            for name, tensor in named:
+                self._name(tensor, kind, name)
         self.weights = len(self.values)
         self.input_ids = tuple(self._new(t, Kind.INPUT).id for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
         self._from_data = {v.id for v in self.values if v.kind is not Kind.BUFFER}  # values that are no mere consequence of sizes
 
-    def _new(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Value:
-        value = Value(len(self.values), tuple(tensor.shape), kind, tensor.element_size(), names)
-        self.values.append(value)
-        self._ids[id(tensor)] = _Known(tensor, value.id, self._ids)
-        return value
+    def _new(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Ref:
+        shape = tuple(tensor.shape)
+        ref = Ref(len(self.values), shape, tensor.dtype in (torch.bool, torch.uint8))
+        self.values.append(Value(ref.id, shape, kind, tensor.element_size(), names))
+        known = self._known[id(tensor)] = _Known(tensor, self._forget)
+        known.key, known.ref = id(tensor), ref
+        return ref
 
-    def _id(self, tensor: Tensor) -> int | None:
-        known = self._ids.get(id(tensor))
-        return None if known is None else known.value
+    def _seen(self, tensor: Tensor) -> Ref | None:
+        known = self._known.get(id(tensor))
+        if known is None:
+            return None
+        ref = known.ref
+        if ref.shape != tensor.shape:  # changed in place
+            ref = known.ref = Ref(ref.id, tuple(tensor.shape), ref.boolean)
+        return ref
 
     def _name(self, tensor: Tensor, kind: Kind, name: str) -> None:
-        known = self._id(tensor)
+        known = self._seen(tensor)
         if known is None:
             self._new(tensor, kind, (name,))
         else:
-            self.values[known].names += (name,)
+            self.values[known.id].names += (name,)
 
     def ref(self, tensor: Tensor) -> Ref:
         """The ref of ``tensor``; one never seen before is a constant that the code made outside any op."""
-        known = self._id(tensor)
+        known = self._seen(tensor)
         if known is None:
-            known = self._new(tensor, Kind.CONSTANT).id
-            self.constants[known] = tensor.detach().clone()
+            known = self._new(tensor, Kind.CONSTANT)
+            self.constants[known.id] = tensor.detach().clone()
             self._keep.append(tensor)
-        return Ref(known, tuple(tensor.shape), tensor.dtype in (torch.bool, torch.uint8))
+        return known
+
+    def _refs(self, leaf: Any) -> Any:
+        """``mapped(self.ref, leaf)``, which leaves what is no tensor."""
+        if isinstance(leaf, Tensor):
+            return self.ref(leaf)
+        if isinstance(leaf, list):
+            return [self._refs(item) for item in leaf]
+        return mapped(self._refs, leaf) if isinstance(leaf, (tuple, dict)) else leaf
+
+    def _need_values(self, name: str) -> NoReturn:
+        """The recording says nothing, even if the user's code catches this."""
+        self.needs_values = True
+        raise NoValuesError(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -184,32 +223,32 @@ class Recorder(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if self._double:
             args, kwargs = mapped_only(torch.dtype, raised, (args, kwargs))
-        read: dict[int, None] = {}
-
-        def ref(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            found = self.ref(leaf)
-            read[found.id] = None
-            return found
-
-        ref_args, ref_kwargs = mapped(ref, args), mapped(ref, kwargs)
+        ref_args = tuple([self._refs(arg) for arg in args])
+        ref_kwargs = {key: self._refs(arg) for key, arg in kwargs.items()} if kwargs else {}
+        read = dict.fromkeys([ref.id for ref in refs_in((ref_args, ref_kwargs))])
         from_data = not self._from_data.isdisjoint(read)
+        without_values = ShapeTensor in types and self._decisions is None
         decision = None
         if from_data and decides(func, args):
+            if without_values:
+                self._need_values(name)
             given = self._decisions.pop() if self._decisions else None
             result, decision = decide(func, args, kwargs, given)
+        elif without_values:
+            try:
+                result = func(*args, **kwargs)
+            except Exception:
+                self._need_values(name)
         else:
             result = func(*args, **kwargs)
         if self._double and name == "aten::lift_fresh":
             result = in_double(result)
         tensors = tensors_in(result)
-        outs = []
-        for tensor in tensors:
-            known = self._id(tensor)
-            outs.append(Ref(self._new(tensor, Kind.INTERMEDIATE).id if known is None else known, tuple(tensor.shape)))
+        if without_values and (name in OTHER_WITHOUT_VALUES or any(type(t) is not ShapeTensor for t in tensors)):
+            self._need_values(name)  # else a tensor that has values would be written to, and not hold what it should
+        outs = [self._seen(tensor) or self._new(tensor, Kind.INTERMEDIATE) for tensor in tensors]
         if from_data:
-            self._from_data.update(o.id for o in outs)
+            self._from_data.update([o.id for o in outs])
         call = Call(by_name(func, ref_args, ref_kwargs), outs)
         rule, operands, attrs = translate(func, call)
         op = Op(
@@ -229,16 +268,11 @@ class Recorder(TorchDispatchMode):
 
 
 class _Known(weakref.ref[Tensor]):
-    """The value id of a tensor, in a dict that forgets the tensor when it dies."""
+    """The ref of a tensor, in a dict by the tensors' ``key`` that forgets those that die."""
 
-    __slots__ = ("key", "value")
-
-    def __new__(cls, tensor: Tensor, value: int, known: dict[int, _Known]) -> _Known:
-        return super().__new__(cls, tensor, lambda gone: known.pop(gone.key, None))
-
-    def __init__(self, tensor: Tensor, value: int, known: dict[int, _Known]) -> None:
-        super().__init__(tensor)  # type: ignore[call-arg]
-        self.key, self.value = id(tensor), value
+    __slots__ = ("key", "ref")
+    key: int
+    ref: Ref
 
 
 def says_nothing(name: str, args: tuple[Any, ...]) -> bool:
@@ -249,7 +283,7 @@ def says_nothing(name: str, args: tuple[Any, ...]) -> bool:
 @contextmanager
 def tracking_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep the path of the module that is running on top of ``stack``."""
-    paths = {id(m): name for name, m in model.named_modules()}
+    paths = {id(module): path for path, module in reversed(modules_of(model))}
 
     def enter(module: nn.Module, _: Any) -> None:
         stack.append(paths.get(id(module), stack[-1]))
@@ -300,13 +334,13 @@ def quiet_eval(model: nn.Module, training: bool = False) -> Iterator[None]:
 
     ``training``: the user's own classes take their training branches; PyTorch's modules, and BatchNorms, do as in evaluation.
     """
-    flags = [(m, m.training) for m in model.modules()]
+    flags = [(m, m.training) for _, m in modules_of(model)]
     evaluates = not any(was for _, was in flags)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     if not evaluates:
         model.eval()
-    for module in model.modules() if training else ():
+    for module, _ in flags if training else ():
         module.training = not (type(module).__module__.startswith("torch.") or isinstance(module, nn.modules.batchnorm._BatchNorm))
     try:
         with torch.no_grad():
@@ -341,22 +375,20 @@ def decisions_of(graph: Graph) -> list[Decision]:
     return [op.call.decision for op in graph.ops if op.call.decision is not None]
 
 
-def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
+def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...], values: bool = False) -> Graph:
     """Record one forward pass of ``model`` on ``inputs`` (a tensor, or the tuple of the forward's arguments).
 
-    The first dim of the first input tensor is taken as the batch; costs are counted per sample.
+    The first dim of the first input tensor is taken as the batch; costs are counted per sample. Nothing is computed where the code does
+    not look at values, as the ops' shapes say all that is needed; with ``values`` it is.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     with without_collection():
-        recorder, output, error = record(model, inputs)
-    if error is not None:
-        raise CoppiceError(
-            f"the model's forward pass fails on the example inputs ({type(error).__name__}: {error}); check their shapes"
-        ) from error
+        on_shapes = None if values or not shapes.USED else _recorded_on_shapes(model, inputs)
+        ran, recorder, output = on_shapes or _recorded(model, inputs)
     outputs = tuple(dict.fromkeys(recorder.ref(t).id for t in tree_flatten(output)[0] if isinstance(t, Tensor)))
     first = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
     batch = int(first.shape[0]) if first is not None and first.dim() > 3 else 1
-    origin = Origin(model, inputs, recorder.constants)
+    origin = Origin(model, inputs, recorder.constants, ran)
     graph = Graph(recorder.values, recorder.ops, recorder.input_ids, outputs, batch, origin)
     read = {r.id for op in recorder.ops for r in leaves(Ref, (op.call.args, op.call.kwargs))}
     if any(v.kind is Kind.PARAMETER and v.id not in read for v in graph.values):
@@ -364,10 +396,28 @@ def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> Graph:
     return graph
 
 
+def _recorded(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, Recorder, Any]:
+    recorder, output, error = record(model, inputs)
+    if error is not None:
+        raise CoppiceError(
+            f"the model's forward pass fails on the example inputs ({type(error).__name__}: {error}); check their shapes"
+        ) from error
+    return model, recorder, output
+
+
+def _recorded_on_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, Recorder, Any] | None:
+    """The pass of a copy of the model on tensors without values; None where that can't be had."""
+    try:
+        copied, given = without_values(model, inputs)
+    except Exception:  # a user's class may refuse to be copied with anything at all
+        return None
+    with torch.random.fork_rng(devices=[]):
+        recorder, output, error = record(copied, given)
+    return None if error is not None or recorder.needs_values else (copied, recorder, output)
+
+
 def add_training(graph: Graph, model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Record a pass in training mode on a copy without values, and add it to ``graph``; nothing where the code does not run so."""
-    from coppice.torch.shapes import without_values
-
     copied, given = without_values(model, inputs)
     recorder, output, error = record(copied, given, training=True)
     if error is not None:

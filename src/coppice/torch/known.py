@@ -8,6 +8,7 @@ from torch import nn
 
 from coppice.axes import Axis, find, product_of
 from coppice.coupling import Coupling
+from coppice.torch.trees import modules_of
 
 
 def bind_known_modules(model: nn.Module, coupling: Coupling) -> None:
@@ -20,7 +21,7 @@ def bind_known_modules(model: nn.Module, coupling: Coupling) -> None:
         if op.inputs and op.inputs[0] is not None:
             first_input.setdefault(op.module, coupling.dims[op.inputs[0]])
     groups = {op.module: info.letters.get("g") for op, info in ran if "g" in info.letters}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in modules_of(model):
         bind = next((bind for kind, bind in KNOWN if isinstance(module, kind)), None)
         if bind is not None:
             prefix = f"{path}." if path else ""

@@ -59,25 +59,25 @@ class Planned:
     told: tuple[Axis | int, ...]
 
     def at(self, sizes: Sizes) -> Step:
-        told = tuple(t if isinstance(t, int) else sizes.of(t) for t in self.told)
-        return Step(self.index, self.name, tuple(map(sizes.shape, self.dims)), told)
+        return Step(self.index, self.name, tuple([sizes.shape(dims) for dims in self.dims]), self.told_at(sizes))
+
+    def told_at(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple([t if isinstance(t, int) else sizes[t] for t in self.told])
 
 
-class Sizes:
-    """The width of every axis where those of some are given."""
+class Sizes(dict[Axis, int]):
+    """The width of every axis where those of some are given; worked out when first asked for."""
 
     def __init__(self, widths: Mapping[Axis, int]) -> None:
+        super().__init__()
         self._widths = widths
-        self._known: dict[Axis, int] = {}
 
-    def of(self, axis: Axis) -> int:
-        found = self._known.get(axis)
-        if found is None:
-            found = self._known[axis] = width(axis, self._widths)
+    def __missing__(self, axis: Axis) -> int:
+        found = self[axis] = width(axis, self._widths)
         return found
 
     def shape(self, dims: Dims) -> Shape:
-        return tuple([self.of(a) for a in dims])
+        return tuple([self[a] for a in dims])
 
 
 def plannable(coupling: Coupling) -> list[Planned]:

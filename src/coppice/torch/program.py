@@ -132,13 +132,14 @@ def is_held_out(batch: int) -> bool:
 def coupled_on(model: nn.Module, coupling: Coupling, batch: Tensor) -> Coupling:
     """``coupling`` as it is when ``model`` runs on ``batch``: its ops and values are those of a :class:`Program`, its axes' names the same.
 
-    PyTorch runs other ops for other batch sizes: a reshape of one sample is a view where that of many is a copy.
+    PyTorch runs other ops for other batch sizes: a reshape of one sample is a view where that of many is a copy. Some ops give other
+    numbers of results on tensors without values.
     CoppiceError where other axes are prunable then.
     """
-    given = coupling.graph.origin.inputs
-    if len(given) == 1 and isinstance(given[0], Tensor) and given[0].shape == batch.shape:
+    origin = coupling.graph.origin
+    if origin.with_values and len(origin.inputs) == 1 and isinstance(origin.inputs[0], Tensor) and origin.inputs[0].shape == batch.shape:
         return coupling
-    here = couple(capture(model, batch))
+    here = couple(capture(model, batch, values=True))
     if {a.name: a.width for a in here.prunable} != {a.name: a.width for a in coupling.prunable}:
         raise CoppiceError(
             f"on batches of {len(batch)} images the model has other axes than on the example input; capture it with such a batch"

@@ -1,4 +1,4 @@
-"""Tensors that have a shape and no values: what a trial of the user's code at other widths runs on.
+"""Tensors that have a shape and no values: what the recording, and a trial of the user's code at other widths, run on.
 
 Each wraps a tensor on PyTorch's ``meta`` device and says that it lies on the real one, so that code and kernels choose as they always do.
 Ops that no such tensor goes into run as usual: what the code works out from numbers alone has its values.
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from coppice.torch.trees import copied, mapped
+from coppice.torch.trees import copied, mapped, named_tensors
 
+USED = True  # whether recordings and trials run on such tensors first
 META = torch.device("meta")
 MEMO_SIZE = 20_000
 _memo: dict[Any, Any] = {}  # (op, what it was called with) -> shapes, strides and dtypes of its results
@@ -157,14 +158,13 @@ def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], values: 
     Without ``values`` floating ones are shape tensors; whole numbers are mostly indices, at which code may look.
     """
     memo: dict[int, Any] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            if id(tensor) not in memo:
-                shape = shapes.get(name, tuple(tensor.shape))
-                if values or not tensor.is_floating_point():
-                    memo[id(tensor)] = like(tensor, tensor.detach()[tuple(map(slice, shape))].clone())
-                else:
-                    memo[id(tensor)] = shape_like(tensor, shape)
+    for name, tensor in named_tensors(model).items():
+        if id(tensor) not in memo:
+            shape = shapes.get(name, tuple(tensor.shape))
+            if values or not tensor.is_floating_point():
+                memo[id(tensor)] = like(tensor, tensor.detach()[tuple(map(slice, shape))].clone())
+            else:
+                memo[id(tensor)] = shape_like(tensor, shape)
     return memo
 
 

@@ -26,6 +26,7 @@ from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Kind
 from coppice.torch.lockstep import inside
+from coppice.torch.trees import modules_of
 from coppice.torch.trial import Trials
 
 ROUNDS, ROUNDS_IF_SHORT = 5, 9  # trials with different widths after the last change, so that no agreement is a coincidence
@@ -88,7 +89,7 @@ def trial_widths(coupling: Coupling, seed: int) -> dict[Axis, int]:
 class _Search:
     def __init__(self, model: nn.Module, trials: Trials, coupling: Coupling) -> None:
         self.coupling, self.trials = coupling, trials
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules = dict(modules_of(model))
         self.by_module: dict[str, list[int]] = defaultdict(list)
         for step in self.trials.steps:  # copies don't count: whether there is one depends on strides, so modules of one class would differ
             self.by_module[coupling.graph.ops[step.index].module].append(step.index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,40 @@ def without_collection() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under each of its paths, as ``named_modules(remove_duplicate=False)``, whose nested generators take longer."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def visit(path: str, module: nn.Module) -> None:
+        found.append((path, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return found
+
+
+def parameters_of(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
+    """The parameters of all of ``modules``, under each of their names."""
+    return [named for path, module in modules if module._parameters for named in _named(path, module._parameters)]
+
+
+def buffers_of(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
+    """The buffers of all of ``modules``, under each of their names."""
+    return [named for path, module in modules if module._buffers for named in _named(path, module._buffers)]
+
+
+def _named(path: str, own: Mapping[str, Tensor | None]) -> list[tuple[str, Tensor]]:
+    return [(f"{path}.{name}" if path else name, tensor) for name, tensor in own.items() if tensor is not None]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under each of its names."""
+    modules = modules_of(model)
+    return dict(parameters_of(modules) + buffers_of(modules))
 
 
 def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
@@ -101,11 +135,6 @@ def _is_copied_by_state(kind: type) -> bool:
         slots = any(getattr(base, "__slots__", ()) for base in kind.__mro__)
         found = _by_state[kind] = same and not slots
     return found
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under each of its names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -19,14 +19,13 @@ from coppice.axes import Axis
 from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Op
+from coppice.torch import shapes
 from coppice.torch.apply import set_size
 from coppice.torch.aten import Call, Ref, base_name, by_name, is_made_of_others, translate
 from coppice.torch.capture import decisions_of, quiet_eval, record, says_nothing, tracking_modules
-from coppice.torch.lockstep import COPIES, VIEWS, Planned, Shape, Sizes, inside, plannable, told_sizes
+from coppice.torch.lockstep import COPIES, VIEWS, Planned, Sizes, inside, plannable, told_sizes
 from coppice.torch.shapes import ShapeTensor, shape_like, tensors_of
-from coppice.torch.trees import copied, mapped, tensors_in, without_collection
-
-ON_SHAPES = True  # whether trials run on tensors without values first
+from coppice.torch.trees import copied, mapped, modules_of, tensors_in, without_collection
 
 
 class _Stop(BaseException):
@@ -34,18 +33,20 @@ class _Stop(BaseException):
 
 
 class Trials:
-    """Runs ``model`` on ``inputs`` at any widths. ``steps`` are the dense recording's; ``at_rest``: where a mere rerun differs."""
+    """Runs a recorded model on its inputs at any widths. ``steps`` are the dense recording's; ``at_rest``: where a mere rerun differs."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], coupling: Coupling) -> None:
-        self.model, self.inputs, self.coupling = model, inputs, coupling
+    def __init__(self, coupling: Coupling) -> None:
+        origin = coupling.graph.origin
+        self.model, self.inputs, self.coupling = origin.ran, origin.inputs, coupling
         self.steps = plannable(coupling)
         self.decisions = decisions_of(coupling.graph)
-        self._fake = ON_SHAPES
+        self._with_values: bool = origin.with_values  # else what is real may take other kernels than the recording
+        self._fake = shapes.USED or not self._with_values
 
     @cached_property
     def at_rest(self) -> int | None:
         found = self.run({})
-        if found is not None and self._fake:
+        if found is not None and self._fake and self._with_values:
             self._fake = False  # the code looks at values, or PyTorch takes other kernels on them: real ones, then
             found = self.run({})
         return found
@@ -96,7 +97,7 @@ class Trials:
     def _shrunk(self, memo: dict[int, Any], widths: Mapping[Axis, int]) -> nn.Module:
         """A copy of the model with the tensors of ``memo``, and every bound attribute at its new size."""
         model: nn.Module = copied(self.model, memo)
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(modules_of(model))
         for (path, attribute, index), axis in self.coupling.bindings.items():
             size: int | list[int] = width(axis, widths)
             if index is not None:
@@ -150,10 +151,13 @@ class _Watch:
             raise _Stop
 
     def _fits(self, want: Planned, results: list[Tensor], told: Callable[[], tuple[int, ...]]) -> bool:
-        step = want.at(self.sizes)
-        compared = results[: len(step.shapes)] if len(step.shapes) <= 1 else results
-        shapes: tuple[Shape, ...] = tuple([tuple(t.shape) for t in compared])
-        return shapes == step.shapes and (not step.told or told() == step.told)
+        count, sizes = len(want.dims), self.sizes
+        if len(results) < count or (count > 1 and len(results) > count):
+            return False
+        for result, dims in zip(results, want.dims, strict=False):
+            if result.shape != sizes.shape(dims):
+                return False
+        return not want.told or told() == want.told_at(sizes)
 
     def _may_leave(self, module: str) -> bool:
         expected = self.want[self.agreed].module
