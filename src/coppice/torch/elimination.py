@@ -35,6 +35,7 @@ MOST_SAMPLES = 16384
 LARGEST = 4608  # features whose Gram matrix is kept whole; of more, diagonal blocks
 BLOCKS = 96  # groups that go at a time are a BLOCKSth of all: beyond that the path hardly changes and the time does
 LEVELS = (0.25, 0.5, 0.75)  # shares of an axis removed at which the loss is measured
+JUDGING = 128  # images, at most, that losses are measured on: every axis and level is one more pass of them all
 TEMPERATURE = 3.0  # of the divergence: at 1 a model that is sure of its training images hides what it lost
 
 Array = NDArray[np.float64]
@@ -79,6 +80,7 @@ def removal_losses(
     """
     same = of_one_shape(batches)
     judge = [batch for k, batch in enumerate(same) if is_held_out(k)] or same
+    judge = judge[: max(1, JUDGING // len(same[0]))]
     fit = [batch for k, batch in enumerate(same) if not is_held_out(k)]
     here = coupled_on(model, coupling, same[0])
     ids = {axis.name: axis.id for axis in here.prunable}
