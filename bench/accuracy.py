@@ -82,11 +82,12 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows of one file have in common. ``test_images``: 0 for all."""
+    """What all rows of one file have in common. ``test_images``, ``train_images``: 0 for all."""
 
     round_to: int
     images: int
-    test_images: int
+    test_images: int = 0
+    train_images: int = 0
 
 
 @dataclass
@@ -112,11 +113,13 @@ Method = Callable[[Bench, float, int], nn.Module]
 def open_job(job: Job, shared: Path, settings: Settings) -> Bench:
     dense = load_model(f"{shared}/models.py:{job.factory}", shared / "data" / "weights" / f"{job.weights}.safetensors").eval()
     data = load_data(str(shared / "data" / job.data), preprocess=job.preprocess)
+    if settings.train_images:
+        data = replace(data, train=data.train.subset(range(settings.train_images)))
 
-    def batches(size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return sample_batches(data.train, data.preprocess, images=settings.images, seed=0, batch_size=size)
+    def batches(size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return sample_batches(data.train, data.preprocess, images=settings.images, seed=seed, batch_size=size)
 
-    example = next(batches(1))[0]
+    example = next(batches(1, 0))[0]
     other = peer.Peer(dense, example, batches, lambda model: macs_of(model, example), settings.round_to, job.inner_only)
     return Bench(job, settings, dense, data, coppice.couple(coppice.capture(dense, example)), other)
 
@@ -143,7 +146,7 @@ def ours(bench: Bench, factor: float, seed: int, criterion: str, refit: bool = T
 def theirs(bench: Bench, factor: float, seed: int, criterion: str, setting: str, norms: bool) -> nn.Module:
     model = bench.peer.pruned(bench.macs / factor, criterion, setting, seed)
     if norms:
-        reestimate_batchnorm(model, bench.data.train, bench.data.preprocess, images=bench.settings.images, batch_size=64)
+        reestimate_batchnorm(model, bench.data.train, bench.data.preprocess, images=bench.settings.images, seed=seed, batch_size=64)
     return model
 
 
@@ -244,10 +247,10 @@ def grouped(rows: list[Row]) -> list[tuple[tuple[str, float, int, str], list[Row
 
 def points(rows: list[Row]) -> list[pareto.Point]:
     found = []
-    for (model, _, epochs, method), group in grouped(rows):
+    for (model, factor, epochs, method), group in grouped(rows):
         held = [row for row in group if "error" not in row]
         if held:
-            found.append(pareto.Point(model, epochs, method, mean(row["macs_ratio"] for row in held), *interval(held)))
+            found.append(pareto.Point(model, factor, epochs, method, mean(row["macs_ratio"] for row in held), *interval(held)))
     return found
 
 
@@ -281,12 +284,13 @@ def main() -> None:
     parser.add_argument("--round-to", type=int, default=1)
     parser.add_argument("--images", type=int, default=IMAGES, help="for calibration")
     parser.add_argument("--test-images", type=int, default=0, help="0: all")
+    parser.add_argument("--train-images", type=int, default=0, help="0: all; a few show that everything runs")
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
     parser.add_argument("--out", type=Path, required=True, help="the .json; the .md and the .svg go beside it")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     end = time.monotonic() + 60 * args.minutes
-    settings = Settings(args.round_to, args.images, args.test_images)
+    settings = Settings(args.round_to, args.images, args.test_images, args.train_images)
     rows = read(args.out, settings)
     with threads(1):
         for model in args.model or JOBS:

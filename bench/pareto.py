@@ -11,9 +11,10 @@ GREY = "#8a938c"
 
 
 class Point(NamedTuple):
-    """One method at one size: MACs as a share of the dense model's, top-1 and its interval."""
+    """One method at one size (asked for: the ``cut``; reached: ``macs``, a share of the dense model's), top-1 and its interval."""
 
     model: str
+    cut: float
     epochs: int
     method: str
     macs: float
@@ -60,11 +61,13 @@ def draw(points: list[Point], path: Path) -> None:
         for dense in (p for p in points if p.model == model and p.method == "dense"):
             axes.axhline(dense.top1, color=PAPER.ink, linewidth=0.8, linestyle="--")
             axes.annotate("dense", (1, dense.top1), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-        axes.set_title(f"{model}, {f'{epochs} epochs' if epochs else 'no training'}", fontsize=10, color=PAPER.ink)
+        trained = f"{epochs} epoch{'s' if epochs > 1 else ''}" if epochs else "no training"
+        axes.set_title(f"{model}, {trained}", fontsize=10, color=PAPER.ink)
+        axes.set_xlim(min(0.3, *(p.macs - 0.03 for p in here)), 1)
         axes.set_xlabel("MACs, of the dense model's", color=PAPER.ink)
     found[0].set_ylabel("top-1 on test, %", color=PAPER.ink)
-    handles, labels = found[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
+    entries = {label: handle for axes in found for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawn.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, len(entries)), frameon=False, fontsize=8)
     save(drawn, path)
 
 
@@ -72,8 +75,7 @@ def _family(axes: Any, points: list[Point], kind: Family) -> None:
     if not points:
         return
     axes.scatter([p.macs for p in points], [p.top1 for p in points], s=9, color=kind.colour, alpha=0.45, linewidths=0)
-    sizes = {round(p.macs, 1) for p in points}
-    best = sorted((max((p for p in points if round(p.macs, 1) == size), key=lambda p: p.top1) for size in sizes), key=lambda p: p.macs)
+    best = [max((p for p in points if p.cut == cut), key=lambda p: p.top1) for cut in sorted({p.cut for p in points})]
     errors = [[p.top1 - p.low for p in best], [p.high - p.top1 for p in best]]
     axes.errorbar(
         [p.macs for p in best], [p.top1 for p in best], errors, color=kind.colour, marker=kind.marker, markersize=5, capsize=2.5,

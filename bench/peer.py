@@ -34,15 +34,15 @@ class CannotPruneError(Exception):
 
 @dataclass
 class Peer:
-    """The peer on one network. ``batches(size)`` are the calibration images, ``macs`` counts a model's."""
+    """The peer on one network. ``batches(size, seed)`` are the calibration images, the same as ours; ``macs`` counts a model's."""
 
     dense: nn.Module
     example: Tensor
-    batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]]
+    batches: Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
     macs: Callable[[nn.Module], int]
     round_to: int
     inner_only: bool
-    known: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by criterion, what it learnt of each parameter or layer
+    known: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)  # by criterion and seed: of each parameter or layer
 
     def pruned(self, macs: float, criterion: str, setting: str, seed: int = 0) -> nn.Module:
         """The largest model that it gives within ``macs``."""
@@ -71,7 +71,7 @@ class Peer:
             model, self.example, importance, global_pruning=setting != "uniform", isomorphic=setting == "isomorphic", pruning_ratio=ratio,
             ignored_layers=ignored or [list(layers.values())[-1]], round_to=self.round_to, max_pruning_ratio=0.98,
         )  # fmt: skip
-        self._teach(criterion, importance, model, layers, pruner)
+        self._teach(criterion, seed, importance, model, layers, pruner)
         pruner.step()
         return model.eval()
 
@@ -88,38 +88,41 @@ class Peer:
             RANDOM: importance.RandomImportance,
         }[criterion]()
 
-    def _teach(self, criterion: str, importance: Any, model: nn.Module, layers: dict[str, nn.Module], pruner: Any) -> None:
+    def _teach(self, criterion: str, seed: int, importance: Any, model: nn.Module, layers: dict[str, nn.Module], pruner: Any) -> None:
         """Give ``model``, or the importance, what was learnt of the dense model once."""
+        key = (criterion, seed)
         if criterion == "OBD-C":
             look_up = pruner._downstream_node_as_root_if_attention
             pruner._downstream_node_as_root_if_attention = lambda group: look_up(group) or group
-            if criterion not in self.known:
-                self.known[criterion] = fisher_of_layers(importance, model, pruner, self.batches(BATCH))
-            found = {layers[name]: matrix for name, matrix in self.known[criterion].items()}
+            if key not in self.known:
+                self.known[key] = fisher_of_layers(importance, model, pruner, self.batches(BATCH, seed))
+            found = {layers[name]: matrix for name, matrix in self.known[key].items()}
             importance.Fisher = defaultdict(lambda: torch.zeros(()), found)
             importance.steps = 1
             for layer in found:
                 layer.weight.grad = torch.zeros_like(layer.weight)  # only asked whether it is there
         elif criterion in ("Taylor", "Hessian"):
-            if criterion not in self.known:
-                self.known[criterion] = (summed_gradients if criterion == "Taylor" else squared_gradients)(model, self.batches)
+            if key not in self.known:
+                taylor = criterion == "Taylor"
+                images = self.batches(BATCH if taylor else 1, seed)
+                self.known[key] = (summed_gradients if taylor else squared_gradients)(model, images)
             for name, parameter in model.named_parameters():
-                parameter.grad = self.known[criterion][name].clone()
+                parameter.grad = self.known[key][name].clone()
 
 
-def summed_gradients(model: nn.Module, batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+def summed_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """For Taylor, as in the peer's examples: the gradient of the loss, accumulated over the batches."""
     model.zero_grad()
-    for x, y in batches(BATCH):
+    for x, y in batches:
         torch.autograd.backward(F.cross_entropy(model(x), y))
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def squared_gradients(model: nn.Module, batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
-    """For Hessian importance, as its docstring says: the squared gradient of each image's loss, in the mean over images."""
+def squared_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """For Hessian importance, as its docstring says: the squared gradient of the loss of each image (a batch), in the mean over images."""
     sums: dict[str, Tensor] = {}
     count = 0
-    for x, y in batches(1):
+    for x, y in batches:
         model.zero_grad()
         torch.autograd.backward(F.cross_entropy(model(x), y))
         count += 1

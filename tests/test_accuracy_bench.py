@@ -70,9 +70,9 @@ def test_every_row_that_the_comparison_needs_is_there() -> None:
 
 
 def test_rows_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
-    settings = accuracy.Settings(1, 512, 0)
+    settings = accuracy.Settings(1, 512)
     accuracy.write(tmp_path / "a.json", ROWS, settings)
     assert accuracy.read(tmp_path / "a.json", settings) == json.loads(json.dumps(ROWS))
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".svg"]
     with pytest.raises(SystemExit, match="other settings"):
-        accuracy.read(tmp_path / "a.json", accuracy.Settings(8, 512, 0))
+        accuracy.read(tmp_path / "a.json", accuracy.Settings(8, 512))
