@@ -46,6 +46,7 @@ METRICS: dict[str, Any] = {
     "classes": ["aeroplane", "<script>alert(1)</script>", "unseen"],
     "input": [1, 3, 32, 32],
     "notes": [],
+    "latency": None,
     "seconds": 61.0,
 }  # fmt: skip
 WIDTHS = [AxisWidth("layer1.0.conv1.weight:0", 16, 8), AxisWidth("conv1.weight:0", 16, 16)]
@@ -149,6 +150,23 @@ def test_each_epoch_is_there_and_without_training_there_is_no_such_part() -> Non
     untrained = copy.deepcopy(METRICS)
     untrained["history"] = untrained["history"][:2]
     assert "epoch by epoch" not in page(metrics=untrained)
+
+
+def test_a_latency_has_its_own_section() -> None:
+    assert "Latency</h2>" not in page()
+    timed = copy.deepcopy(METRICS)
+    timing = {"p50": 0.0043, "p90": 0.0045, "p99": 0.0051, "throughput": 232.0, "memory": None}
+    timed["latency"] = {
+        "setting": {"runtime": "openvino", "threads": 2, "batch": 1}, "speedup": 1.61, "interval": [1.58, 1.64], "dense": 0.0043,
+        "predicted": 0.0027, "measured": 0.00267, "tried": [[0.0026, 0.0028], [0.0027, 0.00267]], "grid": 16, "unexplained": 0.08,
+        "timings": {"dense": timing, "pruned": {**timing, "memory": 12_000_000}},
+        "layers": [["<conv1>", 0.002, 0.001], ["the rest", 0.0004, 0.0003]],
+    }  # fmt: skip
+    timed["history"][0]["latency"], timed["history"][2]["latency"] = 0.0043, 0.00267
+    html = page(metrics=timed)
+    checked(html)
+    for text in ("1.610 times as fast", "1.580 and 1.640", "2.6 ms", "measured 2.67 ms", "12 MB", "&lt;conv1&gt;", "explain 92 %"):
+        assert text in html, text
 
 
 def test_a_missed_target_is_said() -> None:

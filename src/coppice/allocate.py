@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from coppice.axes import Axis, atoms
-from coppice.cost import Cost, Term
+from coppice.cost import Cost, Priced
 from coppice.coupling import Coupling, Mask, PrunableAxis
 from coppice.errors import CoppiceError
 from coppice.planning import Plan, make_plan
 from coppice.saliency import Scores
+from coppice.targets import humanise
 
 ALLOCATIONS = ("global", "uniform")
 RECONSIDERED = 48  # bundles whose cut is looked back at: those with the widest steps
@@ -40,7 +41,7 @@ class Bundle:
     at: int
     least: int = 0
     order: list[np.ndarray] = field(default_factory=list)
-    terms: list[Term] = field(default_factory=list)
+    terms: list[Priced] = field(default_factory=list)
     near: list[Bundle] = field(default_factory=list)
     step_down: tuple[dict[str, float], float] | None = None
 
@@ -56,8 +57,9 @@ def plan(
     round_to: int = 8,
     min_width: int = 8,
     spare: bool = False,
+    prices: Sequence[Priced] = (),
 ) -> Plan:
-    """Choose what stays so that the cost meets ``target`` (absolute budgets: ``macs``, ``params``, ``bytes``).
+    """Choose what stays so that the cost meets ``target`` (absolute budgets: ``macs``, ``params``, ``bytes``, what ``prices`` are of).
 
     ``global``: the cheapest steps go first, wherever they are: least score for what they save where scores are in one unit (loss), else
     least mean score (each axis against its own mean). ``uniform``: every axis keeps the same share. Within an axis the lowest scores go.
@@ -67,7 +69,7 @@ def plan(
     """
     if allocation not in ALLOCATIONS:
         raise CoppiceError(f"unknown allocation {allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
-    work = _Allocation(coupling, scores, dict(target), round_to, min_width)
+    work = _Allocation(coupling, scores, dict(target), round_to, min_width, prices)
     work.check_reachable()
     if allocation == "uniform":
         work.cut_uniformly()
@@ -77,13 +79,15 @@ def plan(
 
 
 class _Allocation:
-    def __init__(self, coupling: Coupling, scores: Scores, target: dict[str, float], round_to: int, min_width: int) -> None:
+    def __init__(
+        self, coupling: Coupling, scores: Scores, target: dict[str, float], round_to: int, min_width: int, prices: Sequence[Priced]
+    ) -> None:
         self.coupling, self.scores, self.target = coupling, scores, target
         self.bundles = bundles_on_grid(coupling, round_to, min_width)
         self.widths: dict[Axis, int] = {}
         moving = {axis.atom for bundle in self.bundles for axis in bundle.axes}
-        self.terms = [t.within(moving) for t in coupling.cost_terms if t.kind in target]
-        self.values: dict[int, int] = {}  # of the terms at the present widths
+        self.terms: list[Priced] = [t.within(moving) for t in (*coupling.cost_terms, *prices) if t.kind in target]
+        self.values: dict[int, float] = {}  # of the terms at the present widths
         for bundle in self.bundles:
             bundle.order = [np.argsort(scores[a.id], kind="stable") for a in bundle.axes]
         self._find_neighbours()
@@ -116,7 +120,7 @@ class _Allocation:
         for other in bundle.near:
             other.step_down = None
 
-    def _value(self, term: Term) -> int:
+    def _value(self, term: Priced) -> float:
         found = self.values.get(id(term))
         if found is None:
             found = self.values[id(term)] = term.evaluate(self.widths)
@@ -132,8 +136,9 @@ class _Allocation:
         if over:
             dense = self.total()
             key = max(over, key=lambda k: spent[k] / self.target[k])
+            asked, least = (humanise(x, key) if key == "latency" else f"{x:,.0f}" for x in (self.target[key], spent[key]))
             raise CoppiceError(
-                f"the target {key}={self.target[key]:,.0f} can't be reached: the smallest this model gets is {spent[key]:,.0f} "
+                f"the target {key}={asked} can't be reached: the smallest this model gets is {least} "
                 f"({spent[key] / dense[key]:.3f} of dense); raise the target, or lower --round-to or --min-width"
             )
 

@@ -158,7 +158,8 @@ def prune(
     weights: Weights = None,
     data: DataSpec = None,
     target: Annotated[
-        list[str] | None, typer.Option("--target", help="macs=0.5, params=2.0M, bytes=5MB, or several", metavar="KEY=VALUE")
+        list[str] | None,
+        typer.Option("--target", help="macs=0.5, params=2M, latency=4ms@onnxruntime, ...", metavar="KEY=VALUE"),
     ] = None,
     max_drop: Annotated[
         float | None, typer.Option("--max-drop", help="points of top-1 that may be lost; alone: the smallest such model")

@@ -8,18 +8,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from coppice.axes import Axis, Form, atoms, find
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of one sample: multiply-accumulates, parameters, and bytes of parameters and buffers."""
+    """Cost of one sample: multiply-accumulates, parameters, and bytes of parameters and buffers.
+
+    ``latency``: seconds, measured where a target asks for them (None: it does not).
+    """
 
     macs: int
     params: int
     bytes: int
+    latency: float | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """Without what was not asked for."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class Priced(Protocol):
+    """A part of a cost, as a function of the widths of ``axes``; ``kind`` is a field of :class:`Cost`."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def axes(self) -> tuple[Axis, ...]: ...
+
+    def within(self, moving: Collection[Axis]) -> Priced:
+        """The same where only the atoms ``moving`` change their width."""
+
+    def evaluate(self, widths: Mapping[Axis, int]) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)

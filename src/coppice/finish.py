@@ -18,6 +18,7 @@ from coppice.config import dump_config
 from coppice.data import ImageData
 from coppice.errors import VerificationError
 from coppice.export import RTOL, ExportError, export_onnx
+from coppice.latency import latency_model
 from coppice.planning import Plan
 from coppice.report import AxisWidth, render_report
 from coppice.run import CONFIG, METRICS, MODEL, ONNX, PLAN, REPORT, Json, read_tensors, write_tensors, write_text
@@ -41,6 +42,7 @@ def finish(bench: Workbench, history: Sequence[Snapshot], reached: Snapshot, met
         "dense": {**dense_test, **history[0].cost, "val": dict(history[0].val)},
         "pruned": {**pruned_test, **reached.cost, "val": dict(reached.val)},
         "target": {**bench.run.config.target.to_dict(), "max_drop": bench.run.config.max_drop},
+        "latency": _latency(bench, plan, reached),
         "drop": {"val": history[0].top1 - reached.top1, "test": dense_test["top1"] - pruned_test["top1"]},
         "met": met,
         "verified": True,  # what fails a check raises, and nothing is saved
@@ -54,6 +56,20 @@ def finish(bench: Workbench, history: Sequence[Snapshot], reached: Snapshot, met
     }
     _write(bench, plan, metrics)
     bench.run.finish()
+
+
+def _latency(bench: Workbench, plan: Plan, reached: Snapshot) -> Json | None:
+    """What was promised and measured, and what each layer takes before and after by the table; None where no target asks for it."""
+    if bench.clock is None or reached.latency is None or bench.cost.latency is None:
+        return None
+    found = latency_model(bench.coupling, bench.clock.setting, bench.cost.latency, bench.run.config.min_width)
+    return {
+        **reached.latency,
+        "dense": bench.cost.latency,
+        "unexplained": found.unexplained,
+        "grid": found.grid,
+        "layers": found.layers(plan),
+    }
 
 
 def _check_whole_plan(bench: Workbench, plan: Plan) -> list[str]:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from coppice.allocate import plan as make_plan
 from coppice.allocate import smallest
 from coppice.config import RunConfig
-from coppice.cost import Cost
+from coppice.cost import Cost, Priced
 from coppice.coupling import couple
 from coppice.criteria import batch_of, score
 from coppice.curves import Sensitivity, sensitivity
 from coppice.data import ImageData, Loaders, check_classes, load_data, sample_batches
+from coppice.deadline import SLACK, feasible_prices
 from coppice.errors import CoppiceError
 from coppice.finish import finish
 from coppice.floor import has_seen_validation
@@ -45,6 +46,7 @@ from coppice.stages import (
     cut,
     dense_snapshot,
     example_input,
+    on_the_clock,
     test_metrics,
     threads,
     tune,
@@ -176,9 +178,14 @@ def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
         check_classes(data, count_outputs(dense, data))
     coupling = couple(capture(dense, (example,)))
     if config.target:
-        budgets = config.target.resolve(coupling.cost())
+        cost, grid = coupling.cost(), 1
+        prices: Sequence[Priced] = ()
+        if config.target.setting is not None:
+            seconds, found = feasible_prices(dense, coupling, config.target.setting, tuple(example.shape[1:]), config.min_width)
+            cost, prices, grid = replace(cost, latency=seconds), found.prices, found.grid
+        budgets = config.target.resolve(cost)
         control = score(dense, coupling, "random", None, None, config.seed)  # reaching a budget depends on widths, not on what is kept
-        make_plan(coupling, control, budgets, round_to=config.round_to, min_width=config.min_width)
+        make_plan(coupling, control, budgets, round_to=math.lcm(config.round_to, grid), min_width=config.min_width, prices=prices)
 
 
 def count_outputs(dense: nn.Module, data: Data) -> int:
@@ -199,6 +206,8 @@ def _work(dense: nn.Module, data: Data, run: Run, train: TrainFunction | None, p
     else:
         coupling = couple(capture(dense, (example_input(data),)))
         bench = Workbench(dense, data, coupling, coupling.cost(), run, progress, train)
+        if run.config.target.setting is not None:
+            bench = on_the_clock(bench, run.config.target.setting)
         history = [dense_snapshot(bench)]
         progress.say(f"dense: {humanise(bench.cost.macs, 'macs')} MACs, validation top-1 {history[0].top1:.2f} %")
         reached = _towards_target(bench, history) if run.config.target else _smallest(bench, history)
@@ -291,7 +300,7 @@ def _verdict(bench: Workbench, dense: Snapshot, reached: Snapshot) -> tuple[bool
     config = bench.run.config
     parts, met = [], True
     for key, budget in config.target.resolve(bench.cost).items():
-        holds = reached.cost[key] <= budget
+        holds = reached.cost[key] <= budget * (1 + SLACK if key == "latency" else 1)
         parts.append(f"{_share(bench, reached, key)}, {'within' if holds else 'over'} the target of {humanise(budget, key)}")
         met &= holds
     if not config.target:
@@ -315,5 +324,5 @@ def _floor(split: str, drop: float, limit: float | None) -> str:
 
 def _share(bench: Workbench, reached: Snapshot, key: str) -> str:
     dense = getattr(bench.cost, key)
-    label = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}[key]
+    label = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": f"latency ({bench.run.config.target.setting})"}[key]
     return f"{label} {humanise(dense, key)} → {humanise(reached.cost[key], key)} (× {reached.cost[key] / dense:.3f})"

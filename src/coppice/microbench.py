@@ -83,14 +83,19 @@ def time_ops(
     runtime_name: str, threads: int, ops: Sequence[OpShape], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[float]:
     """Seconds of each op on the runtime. CoppiceError where the runtime is missing, or does not tell what single ops take."""
-    if runtime_name not in PROFILERS:
-        raise CoppiceError(f"{runtime_name} does not tell what single ops take: a latency target needs one of {', '.join(PROFILERS)}")
-    runtime(runtime_name)
+    check_tells(runtime_name)
     found: list[float] = []
     for some in _portions(ops):
         found += PROFILERS[runtime_name](some, threads)
         progress(len(found), len(ops))
     return found
+
+
+def check_tells(runtime_name: str) -> None:
+    """CoppiceError where the runtime is missing, or does not tell what single ops take."""
+    if runtime_name not in PROFILERS:
+        raise CoppiceError(f"{runtime_name} does not tell what single ops take: a latency target needs one of {', '.join(PROFILERS)}")
+    runtime(runtime_name)
 
 
 def _portions(ops: Sequence[OpShape]) -> Iterator[list[OpShape]]:

@@ -12,6 +12,7 @@ from coppice.targets import humanise
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LAYERS = 32  # layers drawn: the slowest ones
 _CLASSES = 24  # classes drawn: the most damaged ones
 
 
@@ -34,6 +35,11 @@ def render_report(
         "epochs": inline(_epochs_picture(metrics), "epochs", "Training loss and validation top-1 epoch by epoch"),
         "classes": inline(_classes_picture(metrics), "classes", "Change of test accuracy by class"),
     }
+    if metrics["latency"]:
+        pictures["latency"] = inline(
+            _layers_picture(metrics["latency"]["layers"]), "latency", "Milliseconds of each layer, before and after"
+        )
+        pictures["pareto"] = inline(_pareto_picture(metrics), "pareto", "Validation top-1 against milliseconds over the steps of the loop")
     return page(
         "report.html.j2", pictures, title=title, m=metrics, rows=table_rows(metrics), widths=widths, pins=_sorted_pins(pins), config=config,
         untouched=sum(w.before == w.after for w in widths),
@@ -45,8 +51,10 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     dense, pruned = metrics["dense"], metrics["pruned"]
     rows = [_accuracy_row("top-1, test", dense, pruned, "top1"), _accuracy_row("top-5, test", dense, pruned, "top5")]
     rows += [_accuracy_row("top-1, validation", dense["val"], pruned["val"], "top1")]
-    for key, label in (("macs", "MACs"), ("params", "parameters"), ("bytes", "bytes")):
-        ratio = pruned[key] / max(dense[key], 1)
+    for key, label in (("macs", "MACs"), ("params", "parameters"), ("bytes", "bytes"), ("latency", "latency")):
+        if key not in dense:
+            continue
+        ratio = pruned[key] / (dense[key] or 1)
         rows.append((label, humanise(dense[key], key), humanise(pruned[key], key), f"× {ratio:.3f}"))
     return rows
 
@@ -100,6 +108,34 @@ def _steps_picture(metrics: Mapping[str, Any]) -> Figure:
         axes.axhline(floor, color=PAGE.warn, linewidth=1, linestyle="--")
         axes.annotate("floor", (1, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=PAGE.warn)
     axes.set_xlabel("MACs, as a fraction of the dense model", color=PAGE.ink)
+    axes.set_ylabel("top-1 on validation, %", color=PAGE.ink)
+    axes.margins(x=0.12, y=0.15)
+    return drawn
+
+
+def _layers_picture(layers: Sequence[tuple[str, float, float]]) -> Figure:
+    """The layers that took most of the time, before and after."""
+    shown = sorted(layers, key=lambda layer: -layer[1])[:_LAYERS]
+    drawn, (axes,) = figure(8, 0.9 + 0.24 * len(shown))
+    positions = range(len(shown))
+    axes.barh(positions, [1e3 * before for _, before, _ in shown], height=0.8, color=PAGE.muted, label="before")
+    axes.barh(positions, [1e3 * after for _, _, after in shown], height=0.5, color=PAGE.accent, label="after")
+    axes.set_yticks(positions, [name for name, _, _ in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds", color=PAGE.ink)
+    axes.margins(x=0.02, y=0.01)
+    legend(axes)
+    return drawn
+
+
+def _pareto_picture(metrics: Mapping[str, Any]) -> Figure:
+    drawn, (axes,) = figure(8, 3.2)
+    steps = [step for step in metrics["history"] if "latency" in step]
+    axes.scatter([1e3 * step["latency"] for step in steps], [step["val_top1"] for step in steps], color=PAGE.accent, s=36)
+    for step in steps:
+        place = (1e3 * step["latency"], step["val_top1"])
+        axes.annotate(step["stage"], place, textcoords="offset points", xytext=(6, 5), fontsize=8, color=PAGE.ink)
+    axes.set_xlabel("milliseconds", color=PAGE.ink)
     axes.set_ylabel("top-1 on validation, %", color=PAGE.ink)
     axes.margins(x=0.12, y=0.15)
     return drawn

@@ -22,12 +22,17 @@ from coppice.cost import Cost
 from coppice.coupling import Coupling, couple
 from coppice.criteria import AUTO, CRITERIA, TRIED, measure, score
 from coppice.data import ImageData, Loaders, batches, sample_batches
+from coppice.deadline import Clock, OnTime, plan_on_time, start_clock
 from coppice.errors import CoppiceError
 from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
+from coppice.latency import LatencyModel, latency_model
 from coppice.planning import Plan, compose
 from coppice.progress import Progress
 from coppice.recovery import Recovery, recover
 from coppice.run import Json, Run
+from coppice.saliency import Scores
+from coppice.targets import humanise
+from coppice.timing import Setting
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
 from coppice.torch.program import of_one_shape
@@ -51,6 +56,7 @@ class Workbench:
     run: Run
     progress: Progress
     train: TrainFunction | None
+    clock: Clock | None = None  # where the target asks for a latency
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,13 @@ class Snapshot:
     stage: str
     plan: str | None
     state: Mapping[str, str] | None
-    cost: Mapping[str, int]
+    cost: Mapping[str, float]
     val: Mapping[str, Any]
     epochs: int = 0
     checks: Sequence[str] = ()
     max_error: float = 0.0
     recovery: Mapping[str, Any] | None = None
+    latency: Mapping[str, Any] | None = None
     training: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -96,9 +103,22 @@ def dense_snapshot(bench: Workbench) -> Snapshot:
     """The model as it came, on the validation split."""
 
     def measure() -> Json:
-        return asdict(Snapshot("dense", None, None, asdict(bench.cost), _validate(bench, bench.dense, "dense")))
+        return asdict(Snapshot("dense", None, None, bench.cost.to_dict(), _validate(bench, bench.dense, "dense")))
 
     return Snapshot(**bench.run.stage("dense", measure))
+
+
+def on_the_clock(bench: Workbench, setting: Setting) -> Workbench:
+    """The same with a clock for the target's latency; the dense model is timed once a run."""
+    shape = tuple(example_input(bench.data).shape[1:])
+    folder = bench.run.state_path("dense").parent
+
+    def work() -> Json:
+        with bench.progress.bar(f"timing the dense model ({setting})"):
+            return {"seconds": start_clock(setting, shape, bench.dense, folder).seconds}
+
+    seconds = bench.run.stage("dense latency", work)["seconds"]
+    return replace(bench, clock=start_clock(setting, shape, bench.dense, folder, seconds), cost=replace(bench.cost, latency=seconds))
 
 
 def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, float]) -> Snapshot:
@@ -107,9 +127,11 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
     def work() -> Json:
         model = materialise(bench, before)
         coupling = couple(capture(model, (example_input(bench.data),))) if before.plan else bench.coupling
-        chosen = _best_cut(bench, name, model, coupling, budgets)
+        predictor = _predictor(bench, coupling, before)
+        chosen = _best_cut(bench, name, model, coupling, budgets, predictor)
         whole = compose(Plan.from_json(before.plan), chosen.plan) if before.plan else chosen.plan
-        cost = bench.coupling.cost(kept_widths(bench.coupling, whole))
+        seconds = chosen.on_time.timed.seconds if chosen.on_time else None
+        cost = replace(bench.coupling.cost(kept_widths(bench.coupling, whole)), latency=seconds)
         state = bench.run.save_state(name, chosen.model.state_dict())
         val = _validate(bench, chosen.model, name)
         return asdict(
@@ -117,11 +139,12 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
                 name,
                 whole.to_json(),
                 state,
-                asdict(cost),
+                cost.to_dict(),
                 val,
                 checks=[*before.checks, *(f"{name}: {line}" for line in chosen.verification.checked)],
                 max_error=max(before.max_error, chosen.verification.max_error),
                 recovery=asdict(chosen.recovery) | {"criterion": chosen.criterion},
+                latency=chosen.on_time.to_dict() if chosen.on_time else None,
             )
         )
 
@@ -137,18 +160,29 @@ class _Cut:
     model: nn.Module
     recovery: Recovery
     verification: Verification
+    on_time: OnTime | None
 
     @property
     def loss(self) -> float:
         return dict(self.recovery.tried)[self.recovery.kept]
 
 
-def _best_cut(bench: Workbench, name: str, model: nn.Module, coupling: Coupling, budgets: Mapping[str, float]) -> _Cut:
+def _predictor(bench: Workbench, coupling: Coupling, before: Snapshot) -> LatencyModel | None:
+    """What any cut of the model will take, where the target asks for that."""
+    if bench.clock is None:
+        return None
+    with bench.progress.bar("timing the ops of the model one by one") as advance:
+        return latency_model(coupling, bench.clock.setting, before.cost["latency"], bench.run.config.min_width, progress=advance)
+
+
+def _best_cut(
+    bench: Workbench, name: str, model: nn.Module, coupling: Coupling, budgets: Mapping[str, float], predictor: LatencyModel | None
+) -> _Cut:
     """The cut by the criterion that was asked for; with "auto" that of several whose repaired model is nearest to the dense one."""
     asked = bench.run.config.criterion
     cuts = []
     for criterion in TRIED if asked == AUTO else (asked,):
-        cuts.append(_cut_by(bench, name, criterion, model, coupling, budgets))
+        cuts.append(_cut_by(bench, name, criterion, model, coupling, budgets, predictor))
         said = cuts[-1].recovery
         change = f"{dict(said.tried)['as cut']:.3f} -> {cuts[-1].loss:.3f}"
         bench.progress.say(f"{name} by {criterion}: {said.kept}: distance from the dense outputs {change} (held out)")
@@ -160,7 +194,15 @@ def _best_cut(bench: Workbench, name: str, model: nn.Module, coupling: Coupling,
     return best
 
 
-def _cut_by(bench: Workbench, name: str, criterion: str, model: nn.Module, coupling: Coupling, budgets: Mapping[str, float]) -> _Cut:
+def _cut_by(
+    bench: Workbench,
+    name: str,
+    criterion: str,
+    model: nn.Module,
+    coupling: Coupling,
+    budgets: Mapping[str, float],
+    predictor: LatencyModel | None,
+) -> _Cut:
     """The better of two plans: losses that were measured axis by axis don't add up exactly, so both ways of adding them are tried."""
     config = bench.run.config
     with bench.progress.bar(f"{name}: scoring by {criterion}"):
@@ -170,18 +212,42 @@ def _cut_by(bench: Workbench, name: str, criterion: str, model: nn.Module, coupl
     if measured and criterion != "obs":  # whose scores are measured losses already
         with bench.progress.bar(f"{name}: measuring what each axis can lose"):
             scores = measure(model, coupling, scores, _calibration(bench, REPAIRED_AT_ONCE), config.seed)
-    allocation = "global" if measured else config.allocation
-    plans = [
-        make_plan(coupling, scores, dict(budgets), allocation, config.round_to, config.min_width, spare=spare) for spare in (False, True)
-    ]
     cuts = []
-    for step in plans if plans[0] != plans[1] else plans[:1]:
+    for step, on_time in _plans(bench, name, model, coupling, scores, budgets, predictor):
         with bench.progress.bar(f"{name}: building and verifying"):
             pruned = apply(model, step)
             verification = verify(model, pruned, coupling, step)
         with bench.progress.bar(f"{name}: repairing"):
-            cuts.append(_Cut(criterion, step, *_repaired(bench, model, pruned, coupling, step), verification))
+            cuts.append(_Cut(criterion, step, *_repaired(bench, model, pruned, coupling, step), verification, on_time))
     return min(cuts, key=lambda cut: cut.loss)
+
+
+def _plans(
+    bench: Workbench,
+    name: str,
+    model: nn.Module,
+    coupling: Coupling,
+    scores: Scores,
+    budgets: Mapping[str, float],
+    predictor: LatencyModel | None,
+) -> list[tuple[Plan, OnTime | None]]:
+    """The greedy plan, and the one that looks back, if it is another; where milliseconds are asked for, each as it was timed."""
+    config = bench.run.config
+    allocation = "global" if config.allocation == MEASURED else config.allocation
+    found: list[tuple[Plan, OnTime | None]] = []
+    for spare in (False, True):
+        if bench.clock is None or predictor is None:
+            found.append((make_plan(coupling, scores, budgets, allocation, config.round_to, config.min_width, spare), None))
+            continue
+        with bench.progress.bar(f"{name}: planning and timing"):
+            on_time = plan_on_time(
+                model, coupling, scores, budgets, bench.clock, predictor,
+                allocation=allocation, round_to=config.round_to, min_width=config.min_width, spare=spare,
+            )  # fmt: skip
+        steps = ", ".join(f"{humanise(said, 'latency')} predicted, {humanise(took, 'latency')} measured" for said, took in on_time.tried)
+        bench.progress.say(f"{name}: {steps} ({bench.clock.setting}; asked for {humanise(budgets['latency'], 'latency')})")
+        found.append((on_time.plan, on_time))
+    return found if found[0][0] != found[1][0] else found[:1]
 
 
 def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: Coupling, step: Plan) -> tuple[nn.Module, Recovery]:

@@ -1,7 +1,8 @@
-"""What a cut must reach: `macs=0.5`, `params=2.0M`, `bytes=5MB`, or any mix.
+"""What a cut must reach: `macs=0.5`, `params=2.0M`, `bytes=5MB`, `latency=4ms@openvino:threads=2:batch=1`, or any mix.
 
 A bare number is a fraction of the dense model and lies between 0 and 1; a number with a unit is absolute.
-Units are decimal (`k`, `M`, `G`, `T` = 10^3 ... 10^12), or binary for bytes when written `KiB`, `MiB`, `GiB`.
+Units are decimal (`k`, `M`, `G`, `T` = 10^3 ... 10^12), or binary for bytes when written `KiB`, `MiB`, `GiB`. A latency says where: a
+runtime, and the threads and the batch if they are not 1.
 """
 
 from __future__ import annotations
@@ -12,32 +13,36 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coppice.errors import CoppiceError
+from coppice.runtimes import RUNTIMES
+from coppice.timing import Setting
 
 if TYPE_CHECKING:
     from coppice.cost import Cost
 
-KEYS = ("macs", "params", "bytes")
-_DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_UNITS = {
+KEYS = ("macs", "params", "bytes", "latency")
+_DECIMAL: dict[str, float] = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY: dict[str, float] = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS: dict[str, dict[str, float]] = {
     "macs": _DECIMAL | {f"{u}mac{s}": n for u, n in _DECIMAL.items() for s in ("", "s")},
     "params": _DECIMAL,
-    "bytes": {"b": 1} | _DECIMAL | {f"{u}b": n for u, n in _DECIMAL.items()} | _BINARY,
+    "bytes": {"b": 1, **_DECIMAL, **{f"{u}b": n for u, n in _DECIMAL.items()}, **_BINARY},
+    "latency": {"s": 1, "ms": 1e-3, "us": 1e-6, "µs": 1e-6},
 }
-_VALUE = re.compile(r"\s*([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
+_VALUE = re.compile(r"\s*([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([a-zµ]*)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One entry of a target: `amount` is a fraction of the dense model's cost, or a count when `absolute`."""
+    """One entry of a target: `amount` is a fraction of the dense model's cost, or a count when `absolute`. `setting`: of a latency."""
 
     key: str
     amount: float
     absolute: bool
     text: str
+    setting: Setting | None = None
 
-    def resolve(self, dense: int) -> float:
-        """The budget in MACs, parameters or bytes, for a dense model that costs `dense`. Raises CoppiceError if it is met already."""
+    def resolve(self, dense: float) -> float:
+        """The budget in MACs, parameters, bytes or seconds, for a dense model that costs `dense`. CoppiceError if it is met already."""
         if not self.absolute:
             return self.amount * dense
         if self.amount >= dense:
@@ -56,7 +61,12 @@ class Target:
 
     def resolve(self, dense: Cost) -> dict[str, float]:
         """Absolute budgets by key. Raises CoppiceError if the dense model meets one already."""
-        return {b.key: b.resolve(getattr(dense, b.key)) for b in self.budgets}
+        return {b.key: b.resolve(getattr(dense, b.key)) for b in self.budgets}  # of a dense model that was timed, if a latency is asked for
+
+    @property
+    def setting(self) -> Setting | None:
+        """Where the latency is measured, if there is one in the target."""
+        return next((b.setting for b in self.budgets if b.setting is not None), None)
 
     def to_dict(self) -> dict[str, str]:
         return {b.key: b.text for b in self.budgets}
@@ -86,7 +96,9 @@ def _parse_entry(entry: str) -> Budget:
     key, text = key.strip().lower(), text.strip()
     if not equals or key not in KEYS:
         raise CoppiceError(f"target {entry!r}: write KEY=VALUE with a key of {', '.join(KEYS)}, for example macs=0.5 or bytes=5MB")
-    match = _VALUE.fullmatch(text)
+    size, _, place = text.partition("@")
+    setting = _setting(entry, place) if key == "latency" else None
+    match = _VALUE.fullmatch(size if key == "latency" else text)
     unit = match[2].lower() if match else ""
     if match is None or (unit and unit not in _UNITS[key]):
         raise CoppiceError(f"target {entry!r}: {text!r} is no size, write a fraction such as 0.5 or an absolute such as {_example(key)}")
@@ -96,20 +108,33 @@ def _parse_entry(entry: str) -> Budget:
             f"target {entry!r}: nothing can be cut to zero, write a fraction between 0 and 1 or an absolute such as {_example(key)}"
         )
     if unit:
-        return Budget(key, number * _UNITS[key][unit], True, text)
+        return Budget(key, number * _UNITS[key][unit], True, text, setting)
     if number >= 1:
         raise CoppiceError(
             f"target {entry!r}: a fraction of the dense model lies between 0 and 1, and an absolute needs a unit, as in {_example(key)}"
         )
-    return Budget(key, number, False, text)
+    return Budget(key, number, False, text, setting)
+
+
+def _setting(entry: str, place: str) -> Setting:
+    """`onnxruntime:threads=2:batch=8`; both are 1 where they are not given."""
+    name, *options = place.split(":")
+    given = dict(option.partition("=")[::2] for option in options)
+    if not name or set(given) - {"threads", "batch"} or not all(value.isdigit() and int(value) for value in given.values()):
+        raise CoppiceError(f"target {entry!r}: say where the latency is measured, as in latency=0.5@onnxruntime:threads=1:batch=1")
+    if name not in RUNTIMES:
+        raise CoppiceError(f"target {entry!r}: there is no runtime {name!r}, choose one of {', '.join(RUNTIMES)}")
+    return Setting(name, int(given.get("threads", 1)), int(given.get("batch", 1)))
 
 
 def _example(key: str) -> str:
-    return {"macs": "2.0G", "params": "2.0M", "bytes": "5MB"}[key]
+    return {"macs": "2.0G", "params": "2.0M", "bytes": "5MB", "latency": "4ms@onnxruntime"}[key]
 
 
 def humanise(count: float, key: str) -> str:
-    """`40.8 M`, `1.08 MB`: three figures and a unit."""
+    """`40.8 M`, `1.08 MB`, `4.31 ms`: three figures and a unit."""
+    if key == "latency":
+        return f"{count * 1e3:.3g} ms"
     suffix = "B" if key == "bytes" else ""
     for power, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= power * 0.9995:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,8 +128,8 @@ def measure(
     """
     against = next(iter(models)) if against is None else against
     settings = [Setting(r, t, b) for r in runtimes for t in threads for b in batches]
-    _check(settings, rounds)
-    with tempfile.TemporaryDirectory(prefix="coppice-") as folder, pinning() as pin:
+    check(settings, rounds)
+    with tempfile.TemporaryDirectory(prefix="coppice-") as folder, _torch_threads_kept(), pinning() as pin:
         subjects = [
             Subject(name, tuple(shape), Path(folder), **({"file": m} if isinstance(m, Path) else {"module": m}))
             for name, m in models.items()
@@ -145,7 +147,20 @@ def measure(
     return Measurement(tuple(timings.values()), tuple(comparisons), machine(usable_cores()), versions())
 
 
-def _check(settings: Sequence[Setting], rounds: int) -> None:
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """PyTorch has one number of threads for the whole process."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else 0
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)
+
+
+def check(settings: Sequence[Setting], rounds: int = ROUNDS) -> None:
+    """CoppiceError where a runtime is not there, or a number is out of bounds."""
     for name in dict.fromkeys(s.runtime for s in settings):
         runtime(name)
     cores = usable_cores()
