@@ -31,7 +31,6 @@ from coppice.torch.program import coupled_on, is_held_out, of_one_shape
 from coppice.torch.trees import named_tensors
 
 PARTS = (0.75, 0.5, 0.25)
-Batch = tuple[Tensor, Any] | list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def sensitivity(
 
     ``scores`` say which indices stay. ``batches`` are ``(inputs, labels)`` or ``(inputs,)``; the divergence is taken on ``judge``,
     and top-1 where it has labels: on every fourth of ``batches`` if it is not given. ``repair``: what reads the axis is refitted first, on
-    the others of ``batches``; no labels are used for that. ``model`` is left as it is.
+    the others; no labels are used for that. ``model`` is left as it is.
     CoppiceError where there are no batches, or the grid lets no axis move.
     """
     if not parts or not all(0 < part < 1 for part in parts):
