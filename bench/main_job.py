@@ -42,7 +42,22 @@ JOBS = {
         "imagenette224",
         "macs=0.6",
         "obs",
-        (*SYMMETRIC, "--epochs", "8", "--rounds", "1", "--batch-size", "32", "--optimizer", "adamw", "--lr", "1e-4", "--freeze-norm"),
+        (
+            *SYMMETRIC,
+            "--epochs",
+            "8",
+            "--rounds",
+            "1",
+            "--batch-size",
+            "32",
+            "--optimizer",
+            "adamw",
+            "--lr",
+            "5e-5",
+            "--freeze-norm",
+            "--calibration",
+            "1536",
+        ),
     ),
 }
 
