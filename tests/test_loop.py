@@ -233,6 +233,30 @@ def test_auto_keeps_the_criterion_that_is_nearest_to_the_dense_model(model: nn.M
     assert bare.metrics["pruned"]["val"]["loss"] > result.metrics["pruned"]["val"]["loss"]
 
 
+def test_no_more_images_than_calibration_and_none_that_judges_give_batchnorm_its_statistics(
+    model: nn.Module, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    judged: list[Tensor] = []
+
+    def reestimate(edited: nn.Module, batches: list[tuple[Tensor, Tensor]], *_: object, **__: object) -> None:
+        seen.extend(image for x, _ in batches for image in x)
+
+    def outputs(network: nn.Module, batches: list[Tensor]) -> Tensor:
+        judged.extend(image for x in batches for image in x)
+        with torch.no_grad():
+            scores: Tensor = network.eval()(torch.cat(list(batches)))
+        return scores
+
+    monkeypatch.setattr("coppice.stages.reestimate_batchnorm", reestimate)
+    monkeypatch.setattr("coppice.recovery._outputs", outputs)
+    coppice.prune(model, digits, "macs=0.5", criterion="l1", repair=False, calibration=128, recipe=Recipe(epochs=0), threads=1)
+    images = {image.numpy().tobytes() for image in seen}
+    assert 64 <= len(images) < 128
+    assert judged
+    assert images.isdisjoint(image.numpy().tobytes() for image in judged)
+
+
 def test_training_that_makes_it_worse_is_not_taken(model: nn.Module, digits: ImageData) -> None:
     def spoil(net: nn.Module, epochs: int) -> None:
         for parameter in net.parameters():

@@ -35,7 +35,7 @@ from coppice.targets import humanise
 from coppice.timing import Setting
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
-from coppice.torch.program import of_one_shape
+from coppice.torch.program import is_held_out, of_one_shape
 from coppice.torch.verify import Verification, verify
 from coppice.train import EpochResult, fine_tune, pick_precision
 
@@ -253,10 +253,12 @@ def _plans(
 def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: Coupling, step: Plan) -> tuple[nn.Module, Recovery]:
     config = bench.run.config
 
-    def reestimate(edited: nn.Module) -> None:
-        reestimate_batchnorm(edited, bench.data.train, preprocessing(bench.data), seed=config.seed)
-
     images = of_one_shape(x for x, _ in _calibration(bench, REPAIRED_AT_ONCE))
+    fitted = [x for k, x in enumerate(images) if not is_held_out(k)]
+
+    def reestimate(edited: nn.Module) -> None:
+        reestimate_batchnorm(edited, [(x, x) for x in fitted], None, images=config.calibration)
+
     return recover(model, pruned, coupling, step, images, reestimate, refit=config.repair, seed=config.seed)
 
 
