@@ -1,5 +1,6 @@
 """Fixtures that more than one test module uses."""
 
+import math
 import os
 from pathlib import Path
 
@@ -26,3 +27,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def busy_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that really time something, and assert nothing of how long it took: no noise is too much. Times are kept in `tmp_path`."""
+    from coppice import latency, timing
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(timing, "interruptions", lambda: 0)
+    monkeypatch.setattr(timing, "TOO_NOISY", math.inf)
+    monkeypatch.setattr(latency, "IMPLAUSIBLE", math.inf)

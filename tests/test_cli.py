@@ -226,7 +226,7 @@ def test_resume_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["eval", "--model", "torchvision:resnet18"], "--data"),
         (["eval", "--model", "torchvision:resnet18", "--data", "digits", "--part", "some"], "--part some"),
         (["export", "nowhere"], "no run folder"),
-        (["export", "nowhere", "--to", "tflite"], "only format"),
+        (["export", "nowhere", "--to", "tflite"], "choose one of onnx, openvino, pt2"),
         (["prune", "--steps", "many"], "--steps"),
         (["sensitivity", "--model", MODEL], "--data"),
         (["sensitivity", "--model", MODEL, "--data", "digits", "--out", "plot.jpeg"], ".html, .svg, .png"),

@@ -15,16 +15,13 @@ from coppice.demo import DigitsNet
 from coppice.errors import CoppiceError
 from coppice.latency import LatencyModel, latency_model
 from coppice.microbench import PROFILERS, OpShape
+from coppice.planning import kept_widths
 from coppice.recipe import Recipe
 from coppice.timing import Measurement, Setting
 
+pytestmark = pytest.mark.usefixtures("busy_machine")
 HERE = Setting("torch", 1, 1)
 GRID = 8
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -105,10 +102,10 @@ def test_layers_add_up(staircase: None) -> None:
     model = DigitsNet().eval()
     coupling, predictor = predicted(model)
     plan = coppice.plan(coupling, coppice.score(model, coupling, "l2"), {"latency": 0.5 * predictor.dense}, prices=predictor.prices)
-    layers = predictor.layers(plan)
-    assert {"stem.0", "join.0", "classifier"} <= {name for name, _, _ in layers}
-    assert sum(before for _, before, _ in layers) == pytest.approx(predictor.dense)
-    assert sum(after for _, _, after in layers) == pytest.approx(predictor.predict_plan(plan))
+    before, after = predictor.layers(), predictor.layers(kept_widths(coupling, plan))
+    assert {"stem.0", "join.0", "classifier"} <= before.keys() == after.keys()
+    assert sum(before.values()) == pytest.approx(predictor.dense)
+    assert sum(after.values()) == pytest.approx(predictor.predict_plan(plan))
 
 
 def test_the_loop_times_what_it_cuts(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from coppice.errors import CoppiceError
 from coppice.latency import latency_model
 from coppice.microbench import PROFILERS, OpShape, time_ops
 from coppice.optable import OpTable, Surface, levels_of, surfaces
-from coppice.planning import Plan
-from coppice.stages import kept_widths
+from coppice.planning import Plan, kept_widths
 from coppice.timing import Setting
 from coppice.torch.timed import timed
 

@@ -50,6 +50,7 @@ def test_the_interval_is_of_the_median_and_narrows_with_rounds() -> None:
     assert np.ptp(bootstrap(many.tolist())) < np.ptp(bootstrap(few.tolist()))
 
 
+@pytest.mark.usefixtures("busy_machine")
 def test_measure_answers_every_model_in_every_setting() -> None:
     models = {"wide": ready(16), "thin": ready(8)}
     before = {name: value.clone() for name, value in models["wide"].state_dict().items()}
@@ -66,6 +67,17 @@ def test_measure_answers_every_model_in_every_setting() -> None:
     assert all(torch.equal(before[name], value) for name, value in models["wide"].state_dict().items())
 
 
+@pytest.mark.usefixtures("busy_machine")
+def test_int8_is_a_row_of_its_own(tmp_path: Path) -> None:
+    subject = runtimes.Subject("net", SHAPE, tmp_path, module=ready())
+    (whole,) = RUNTIMES["onnxruntime"].start(subject, 2, 1)()  # type: ignore[misc]
+    (small,) = RUNTIMES["onnxruntime-int8"].start(subject, 2, 1)()  # type: ignore[misc]
+    assert 0 < np.abs(whole - small).mean() < 0.1 * np.abs(whole).mean()
+    found = coppice.measure({"net": ready()}, SHAPE, ("onnxruntime", "onnxruntime-int8"), rounds=5)
+    assert [t.setting.runtime for t in found.timings] == ["onnxruntime", "onnxruntime-int8"]
+
+
+@pytest.mark.usefixtures("busy_machine")
 def test_openvino() -> None:
     pytest.importorskip("openvino")
     found = coppice.measure({"net": ready()}, SHAPE, ("openvino",), batches=(3,), rounds=5)
@@ -153,6 +165,7 @@ def onnx_file(path: Path, op: str = "Relu", batch: int | str = "n") -> Path:
     return path
 
 
+@pytest.mark.usefixtures("busy_machine")
 def test_an_onnx_file_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = onnx_file(tmp_path / "relu.onnx")
     arguments = ["measure", str(path), "--runtime", "onnxruntime", "--rounds", "5", "--json", "--out", str(tmp_path / "found.json")]

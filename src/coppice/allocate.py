@@ -16,7 +16,7 @@ import numpy as np
 from coppice.axes import Axis, atoms
 from coppice.cost import Cost, Priced
 from coppice.coupling import Coupling, Mask, PrunableAxis
-from coppice.errors import CoppiceError
+from coppice.errors import CoppiceError, UnreachableError
 from coppice.planning import Plan, make_plan
 from coppice.saliency import Scores
 from coppice.targets import humanise
@@ -65,7 +65,7 @@ def plan(
     least mean score (each axis against its own mean). ``uniform``: every axis keeps the same share. Within an axis the lowest scores go.
     No dim gets narrower than ``min_width`` (where it was wider). ``spare``: look back at the widest steps of a global cut in units of
     loss, and spare what need not have gone.
-    CoppiceError where the target can't be reached, with the smallest cost that can.
+    UnreachableError where the target can't be reached, with the smallest cost that can.
     """
     if allocation not in ALLOCATIONS:
         raise CoppiceError(f"unknown allocation {allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
@@ -137,7 +137,7 @@ class _Allocation:
             dense = self.total()
             key = max(over, key=lambda k: spent[k] / self.target[k])
             asked, least = (humanise(x, key) if key == "latency" else f"{x:,.0f}" for x in (self.target[key], spent[key]))
-            raise CoppiceError(
+            raise UnreachableError(
                 f"the target {key}={asked} can't be reached: the smallest this model gets is {least} "
                 f"({spent[key] / dense[key]:.3f} of dense); raise the target, or lower --round-to or --min-width"
             )

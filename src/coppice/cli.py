@@ -1,4 +1,4 @@
-"""The command line: `coppice inspect | sensitivity | prune | eval | measure | export | demo`.
+"""The command line: `coppice inspect | sensitivity | prune | eval | measure | predict | export | demo`.
 
 Exit status: 0 done, 1 a fault of ours, 2 bad input or a target or floor that does not hold (one sentence on stderr), 130 interrupted.
 """
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 
 app.command()(cli_latency.measure)
+app.command()(cli_latency.predict)
 
 # Options that several commands share. None means "not given": the defaults live in RunConfig.
 Text = str | None  # a module-level alias, evaluated when typer reads the annotations
@@ -294,30 +295,25 @@ def evaluate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a finished run folder")],
-    to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", help="the file [RUN/model.onnx]", metavar="FILE")] = None,
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino or pt2 (torch.export)")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", help="the file [RUN/model.onnx, .xml or .pt2]", metavar="FILE")] = None,
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset [the exporter's own]")] = None,
 ) -> None:
-    """Write a run's pruned model as ONNX, compared with PyTorch, to be run where coppice is not installed."""
-    import torch
+    """Write a run's pruned model, compared with PyTorch on the run's images, to be run where coppice is not installed."""
+    from coppice.export import check_onnx
+    from coppice.formats import format_of, write
+    from coppice.loop import some_images
+    from coppice.run import ONNX, load
 
-    from coppice.export import check_onnx, export_onnx
-    from coppice.run import METRICS, ONNX, load, read_json
-    from coppice.seeding import seeded
-
-    if to != "onnx":
-        raise CoppiceError(f"--to {to}: the only format is onnx")
+    suffix = format_of(to).suffix
     model = load(run)
-    with seeded(0, "export"):
-        images = torch.randn(8, *read_json(run / METRICS)["input"][1:])
-    path = out or run / (ONNX if opset is None else f"model-opset{opset}.onnx")
-    if path.exists():
-        if out is not None or opset is not None:
-            raise CoppiceError(f"{path} exists already, name another file with --out")
-        check = check_onnx(model, images, path)  # written by prune: say that it still holds
-    else:
-        check = export_onnx(model, images, path, opset=opset)
-    typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB, equals PyTorch within {check.error:.1e} of the largest output")
+    images, what = some_images(run)
+    path = out or run / (ONNX if opset is None else f"model-opset{opset}.onnx").replace(".onnx", suffix)
+    written = path == run / ONNX and path.exists()  # by prune: say that it still holds
+    check = check_onnx(model, images, path) if written else write(to, model, images, path, opset)
+    files = (path, path.with_suffix(".bin")) if to == "openvino" else (path,)
+    size = sum(file.stat().st_size for file in files)
+    typer.echo(f"{path}: {size / 1e6:.2f} MB, equals PyTorch within {check.error:.1e} of the largest output, on {check.images} {what}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands about time: `coppice measure`."""
+"""The commands about time: `coppice measure` and `coppice predict`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from coppice.run import replacing
 
 if TYPE_CHECKING:
     from coppice.timing import Measurement
+    from coppice.verdict import Verdict
 
+SHOWN = 12  # rows of a table
 Models = Annotated[
     list[str], typer.Argument(help="a run folder, an .onnx file, FILE.py:factory, torchvision:NAME or timm:NAME", metavar="MODEL...")
 ]
@@ -64,6 +66,64 @@ def measure(
         typer.echo(text)
     else:
         _print(found)
+
+
+def predict(
+    model: Annotated[str, typer.Argument(help="FILE.py:factory, torchvision:NAME or timm:NAME", metavar="MODEL")],
+    target: Annotated[list[str], typer.Option("--target", help="latency=0.5@onnxruntime, and others with it", metavar="KEY=VALUE")],
+    input: Input = None,
+    num_classes: NumClasses = None,
+    round_to: Annotated[int, typer.Option("--round-to", help="widths are multiples of this and of the runtime's grid", min=1)] = 8,
+    min_width: Annotated[int, typer.Option("--min-width", help="no axis gets narrower", min=1)] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Say before any training what a latency target will buy: the speed-up, where the time goes, and which cuts buy nothing."""
+    from coppice.models import load_model
+    from coppice.progress import Terminal
+    from coppice.targets import parse_target
+    from coppice.verdict import predict as judge
+
+    wanted = parse_target(target)
+    if input is None:
+        raise CoppiceError("predict needs the shape of an input: --input 1,3,224,224")
+    shape = _listed("--input", input, int)[1:]
+    if not shape or min(shape) < 1:
+        raise CoppiceError(f"--input {input}: give the batch and then the shape of one input, as in 1,3,224,224")
+    network = load_model(model, None, num_classes)
+    with Terminal().bar("timing") as advance:
+        found = judge(network, shape, wanted, round_to=round_to, min_width=min_width, progress=advance)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        _print_verdict(found)
+    if not found.met:
+        raise CoppiceError(str(found))
+    if not as_json:
+        typer.echo(str(found))
+
+
+def _print_verdict(found: Verdict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("where the time goes", box=None, header_style="bold")
+    for column in ("ms", "share"):
+        table.add_column(column, justify="right")
+    for name, seconds in found.layers[:SHOWN]:
+        table.add_row(name, f"{1e3 * seconds:.3g}", f"{100 * seconds / found.dense:.1f} %")
+    console.print(table)
+    table = Table("what halving an axis buys", box=None, header_style="bold")
+    for column in ("width", "ms saved", "of the time", "of the MACs"):
+        table.add_column(column, justify="right")
+    for cut in [cut for cut in found.buys if cut.anything][:SHOWN]:
+        width = f"{cut.width} → {cut.halved}"
+        table.add_row(cut.axes[0], width, f"{1e3 * cut.seconds:.3g}", f"{100 * cut.time:.1f} %", f"{100 * cut.macs:.1f} %")
+    console.print(table)
+    nothing = [cut.axes[0] for cut in found.buys if not cut.anything]
+    if nothing:
+        more = f" and {len(nothing) - SHOWN} more" if len(nothing) > SHOWN else ""
+        console.print(f"These cuts buy no time worth speaking of: {', '.join(nothing[:SHOWN])}{more}.", markup=False)
 
 
 def _listed(flag: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

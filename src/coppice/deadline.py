@@ -16,7 +16,7 @@ from torch import nn
 
 from coppice.allocate import plan as make_plan
 from coppice.coupling import Coupling
-from coppice.errors import CoppiceError
+from coppice.errors import UnreachableError
 from coppice.export import write_onnx
 from coppice.latency import LatencyModel, latency_model
 from coppice.microbench import check_tells
@@ -134,7 +134,7 @@ def plan_on_time(
         wanted = {**budgets, "latency": allowed}
         try:
             plan = make_plan(coupling, scores, wanted, allocation, grid, min_width, spare=spare, prices=predictor.prices)
-        except CoppiceError:
+        except UnreachableError:
             if not tries:
                 raise
             break  # no narrower than the last one

@@ -5,5 +5,9 @@ class CoppiceError(Exception):
     """Bad input or an impossible request; the command line prints it as one line and exits with status 2."""
 
 
+class UnreachableError(CoppiceError):
+    """No cut is small enough for the target."""
+
+
 class VerificationError(CoppiceError):
     """The pruned model does not compute what the plan promises; names the axis, the op and the module."""

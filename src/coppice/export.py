@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,25 +18,28 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 RTOL = 1e-4
-"""Largest difference allowed between ONNX Runtime and eager PyTorch, relative to the largest absolute output (both in fp32)."""
+"""Largest difference allowed between an exported model and eager PyTorch, relative to the largest absolute output (both in fp32)."""
 
 _NOISY_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo", "torch.fx")
 
 
+Answer = Callable[["Tensor"], Sequence["Tensor"]]  # an exported model: a batch of images -> its outputs
+
+
 class ExportError(CoppiceError):
-    """The model can't be written as ONNX: a limit of the exporter, not a wrong file."""
+    """The model can't be written in some format: a limit of the exporter, not a wrong file."""
 
 
 @dataclass(frozen=True)
-class OnnxCheck:
-    """What was compared: `error` is max |ONNX Runtime − eager| / max |eager| over `images` images in batches of `batches`."""
+class ExportCheck:
+    """What was compared: `error` is max |exported − eager| / max |eager| over `images` images in batches of `batches`."""
 
     error: float
     images: int
     batches: tuple[int, ...]
 
 
-def export_onnx(model: nn.Module, images: Tensor, path: Path, *, opset: int | None = None) -> OnnxCheck:
+def export_onnx(model: nn.Module, images: Tensor, path: Path, *, opset: int | None = None) -> ExportCheck:
     """Write `model` (fp32, eval mode, dynamic batch) to `path` and compare ONNX Runtime with eager on `images` (n, c, h, w).
 
     `images` need n >= 4: the first two are traced, then all of them are run one by one, as one batch, and as a batch of 3.
@@ -44,24 +47,30 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, *, opset: int | No
     VerificationError if the outputs differ.
     """
     with replacing(path) as temporary:
-        write_onnx(model.eval(), _as_fp32(images)[:2], temporary, opset)
+        write_onnx(model.eval(), as_fp32(images)[:2], temporary, opset)
         return check_onnx(model, images, temporary)
 
 
-def check_onnx(model: nn.Module, images: Tensor, path: Path) -> OnnxCheck:
+def check_onnx(model: nn.Module, images: Tensor, path: Path) -> ExportCheck:
     """Compare ONNX Runtime on the file at `path` with eager `model` on `images`. Raises VerificationError; CoppiceError if it is none."""
-    model, images = model.eval(), _as_fp32(images)
+    import torch
+
     session = _session(path)
+    name = session.get_inputs()[0].name
+    return compare(model, images, lambda x: [torch.from_numpy(out) for out in session.run(None, {name: x.numpy()})], "ONNX Runtime")
+
+
+def compare(model: nn.Module, images: Tensor, answer: Answer, name: str) -> ExportCheck:
+    """Compare `answer` with eager `model` on `images` (at least four), in batches of several sizes. Raises VerificationError."""
+    model, images = model.eval(), as_fp32(images)
     batches = [images, images[:3], *images[:2].split(1)]
-    error = max(_difference(model, batch, session) for batch in batches)
+    error = max(_difference(model, batch, answer, name) for batch in batches)
     if not error <= RTOL:  # also true for NaN
-        raise VerificationError(
-            f"ONNX Runtime differs from PyTorch by {error:.2e} of the largest output (allowed: {RTOL:g}), nothing was saved"
-        )
-    return OnnxCheck(error, len(images), tuple(sorted({len(b) for b in batches})))
+        raise VerificationError(f"{name} differs from PyTorch by {error:.2e} of the largest output (allowed: {RTOL:g}), nothing was saved")
+    return ExportCheck(error, len(images), tuple(sorted({len(b) for b in batches})))
 
 
-def _as_fp32(images: Tensor) -> Tensor:
+def as_fp32(images: Tensor) -> Tensor:
     import torch
 
     return images.detach().to("cpu", torch.float32)
@@ -76,14 +85,14 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None 
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f"ONNX export needs {error.name}: pip install 'coppice[onnx]'") from error
-    with _quiet() as said:
+    with quietly() as said:
         try:
             torch.onnx.export(
                 model, (example,), path, dynamo=True, external_data=False, verbose=False, opset_version=opset,
                 input_names=["input"], output_names=["output"], dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
         except Exception as error:  # the exporter's own errors have no common base
-            raise ExportError(f"the model can't be exported to ONNX: {_first_line(error) or said.getvalue()[:200]}") from error
+            raise ExportError(f"the model can't be exported to ONNX: {first_line(error) or said.getvalue()[:200]}") from error
 
 
 def _session(path: Path) -> Any:
@@ -96,25 +105,23 @@ def _session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base
-        raise CoppiceError(f"ONNX Runtime can't load {path}: {_first_line(error)}") from error
+        raise CoppiceError(f"ONNX Runtime can't load {path}: {first_line(error)}") from error
 
 
-def _difference(model: nn.Module, batch: Tensor, session: Any) -> float:
+def _difference(model: nn.Module, batch: Tensor, answer: Answer, name: str) -> float:
     import torch
 
     with torch.no_grad():
         outputs = model(batch)
     eager: Sequence[Tensor] = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    ran = [torch.from_numpy(value) for value in session.run(None, {session.get_inputs()[0].name: batch.numpy()})]
+    ran = answer(batch)
     if len(ran) != len(eager) or any(r.shape != e.shape for r, e in zip(ran, eager, strict=True)):
-        raise VerificationError(
-            f"ONNX Runtime returns {[tuple(r.shape) for r in ran]} where PyTorch returns {[tuple(e.shape) for e in eager]}"
-        )
+        raise VerificationError(f"{name} returns {[tuple(r.shape) for r in ran]} where PyTorch returns {[tuple(e.shape) for e in eager]}")
     return max(float((r - e).abs().max() / e.abs().max().clamp_min(1e-12)) for r, e in zip(ran, eager, strict=True))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[io.StringIO]:
+def quietly() -> Iterator[io.StringIO]:
     """Keep the exporter's progress, log lines and deprecation notes out of the user's terminal."""
     said = io.StringIO()
     levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
@@ -129,5 +136,5 @@ def _quiet() -> Iterator[io.StringIO]:
             logging.getLogger(name).setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

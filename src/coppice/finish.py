@@ -19,7 +19,7 @@ from coppice.data import ImageData
 from coppice.errors import VerificationError
 from coppice.export import RTOL, ExportError, export_onnx
 from coppice.latency import latency_model
-from coppice.planning import Plan
+from coppice.planning import Plan, kept_widths
 from coppice.report import AxisWidth, render_report
 from coppice.run import CONFIG, METRICS, MODEL, ONNX, PLAN, REPORT, Json, read_tensors, write_tensors, write_text
 from coppice.stages import Snapshot, Workbench, example_input, materialise, same_bits, test_metrics
@@ -63,13 +63,10 @@ def _latency(bench: Workbench, plan: Plan, reached: Snapshot) -> Json | None:
     if bench.clock is None or reached.latency is None or bench.cost.latency is None:
         return None
     found = latency_model(bench.coupling, bench.clock.setting, bench.cost.latency, bench.run.config.min_width)
-    return {
-        **reached.latency,
-        "dense": bench.cost.latency,
-        "unexplained": found.unexplained,
-        "grid": found.grid,
-        "layers": found.layers(plan),
-    }
+    before, after = found.layers(), found.layers(kept_widths(bench.coupling, plan))
+    layers = [(name, seconds, after[name]) for name, seconds in before.items()]
+    said = {"dense": bench.cost.latency, "unexplained": found.unexplained, "grid": found.grid, "layers": layers}
+    return {**reached.latency, **said}
 
 
 def _check_whole_plan(bench: Workbench, plan: Plan) -> list[str]:

@@ -17,7 +17,7 @@ from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.microbench import OpShape
 from coppice.optable import OpTable, Surface, surfaces
-from coppice.planning import Plan
+from coppice.planning import Plan, kept_widths
 from coppice.timing import Setting
 
 if TYPE_CHECKING:
@@ -98,21 +98,16 @@ class LatencyModel:
 
     def predict_plan(self, plan: Plan) -> float:
         """Seconds of what ``plan``, made for this coupling, leaves."""
-        return self.predict(self._kept(plan))
+        return self.predict(kept_widths(self.coupling, plan))
 
-    def layers(self, plan: Plan) -> list[tuple[str, float, float]]:
-        """Every module with ops of the table, and the rest: its seconds at full widths and after ``plan``."""
-        widths = self.coupling.widths(self._kept(plan))
-        found: dict[str, tuple[float, float]] = {}
+    def layers(self, kept: Mapping[int, int] | None = None) -> dict[str, float]:
+        """The same by module, and what is left as the rest."""
+        widths = self.coupling.widths(kept)
+        found: dict[str, float] = {}
         for price in self.prices:
             name = price.op.name if isinstance(price, OpPrice) else REST
-            before, after = found.get(name, (0.0, 0.0))
-            found[name] = (before + price.evaluate({}), after + price.evaluate(widths))
-        return [(name, *seconds) for name, seconds in found.items()]
-
-    def _kept(self, plan: Plan) -> dict[int, int]:
-        kept = {axis.name: len(axis.keep) for axis in plan.axes}
-        return {axis.id: kept[axis.name] for axis in self.coupling.axes if axis.name in kept}
+            found[name] = found.get(name, 0.0) + price.evaluate(widths)
+        return found
 
     @property
     def unexplained(self) -> float:

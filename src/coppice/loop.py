@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from coppice.allocate import plan as make_plan
 from coppice.allocate import smallest
-from coppice.config import RunConfig
+from coppice.config import RunConfig, load_config
 from coppice.cost import Cost, Priced
 from coppice.coupling import couple
 from coppice.criteria import batch_of, score
@@ -35,7 +35,7 @@ from coppice.models import load_model
 from coppice.pictures import check_renderer
 from coppice.planning import Plan
 from coppice.progress import Progress, Silent
-from coppice.run import METRICS, PLAN, Json, Run, check_manifest, check_out, create_run, load, read_json, resume_run
+from coppice.run import CONFIG, METRICS, PLAN, Json, Run, check_manifest, check_out, create_run, load, read_json, resume_run
 from coppice.seeding import seeded
 from coppice.stages import (
     REPAIRED_AT_ONCE,
@@ -142,6 +142,19 @@ def open_inputs(config: RunConfig) -> tuple[nn.Module, ImageData]:
         config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits
     )
     return model.eval(), data
+
+
+def some_images(run: Path, count: int = 8) -> tuple[Tensor, str]:
+    """Images for a finished run's model, and what they are: validation images of its data; noise, where that was handed over in Python."""
+    config, _ = load_config(run / CONFIG)
+    if config.data:
+        found = load_data(
+            config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits
+        )
+        images = example_input(found, count)
+        return (images if len(images) >= 4 else images.repeat(4, 1, 1, 1)), "images of its data"
+    with seeded(0, "export"):
+        return torch.randn(count, *read_json(run / METRICS)["input"][1:]), "random images"
 
 
 def measure_sensitivity(config: RunConfig, parts: Sequence[float], images: int, limit: float | None, *, progress: Progress) -> Sensitivity:

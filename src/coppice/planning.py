@@ -95,6 +95,12 @@ def masks_by_atom(coupling: Coupling, plan: Plan) -> dict[Axis, Mask]:
     return {by_name[axis.name]: np.isin(np.arange(axis.width), axis.keep) for axis in plan.axes}
 
 
+def kept_widths(coupling: Coupling, plan: Plan) -> dict[int, int]:
+    """Axis id -> width after `plan`."""
+    kept = {axis.name: len(axis.keep) for axis in plan.axes}
+    return {axis.id: kept[axis.name] for axis in coupling.axes if axis.name in kept}
+
+
 def make_plan(coupling: Coupling, keep: Mapping[int, Mask]) -> Plan:
     """The plan that keeps ``keep[axis id]`` (a mask; missing: everything)."""
     prunable = coupling.prunable

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from coppice.errors import CoppiceError
 if TYPE_CHECKING:
     from torch import nn
 
+CALIBRATED_ON = 8  # inputs
 Run = Callable[[], object]
 Start = Callable[["Subject", int, int], Run]
 
@@ -50,8 +52,18 @@ class Subject:
 
         from coppice.export import write_onnx
 
-        path = self.folder / f"{abs(hash(self.name)):x}-{id(self):x}.onnx"
+        path = self.folder / f"{id(self):x}.onnx"
         write_onnx(self.torch(), torch.from_numpy(self.input(2)), path)
+        return path
+
+    @cached_property
+    def int8(self) -> Path:
+        """The same, quantised by ONNX Runtime: what it makes of the weights is left open here, only its speed is looked at."""
+        from onnxruntime.quantization import QuantType, quantize_static
+
+        path = self.folder / f"{id(self):x}-int8.onnx"
+        with one_sentence(f"ONNX Runtime can't quantise {self.name}"), _quiet():
+            quantize_static(self.onnx, path, _Noise(self), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
         return path
 
     def torch(self) -> nn.Module:
@@ -104,8 +116,41 @@ def _in_torch(model: Callable[..., object], x: Any, threads: int) -> Run:
     return run
 
 
+class _Noise:
+    """Inputs for the quantiser to look at, in the form that it asks for."""
+
+    def __init__(self, subject: Subject) -> None:
+        import onnx
+
+        graph = onnx.load(subject.onnx, load_external_data=False).graph
+        name = next(value.name for value in graph.input if value.name not in {tensor.name for tensor in graph.initializer})
+        self._left = [{name: one[None]} for one in subject.input(CALIBRATED_ON)]
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        return self._left.pop() if self._left else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantiser's advice on how to prepare the file."""
+    before = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(before)
+
+
+def _int8(subject: Subject, batch: int, threads: int) -> Run:
+    return _in_session(subject, subject.int8, batch, threads, "CPUExecutionProvider")
+
+
 def _onnxruntime(subject: Subject, batch: int, threads: int, provider: str = "CPUExecutionProvider") -> Run:
-    session = onnx_session(subject.onnx, batch, threads, provider, subject.name)
+    return _in_session(subject, subject.onnx, batch, threads, provider)
+
+
+def _in_session(subject: Subject, path: Path, batch: int, threads: int, provider: str) -> Run:
+    session = onnx_session(path, batch, threads, provider, subject.name)
     feed = {session.get_inputs()[0].name: subject.input(batch)}
     outputs = [output.name for output in session.get_outputs()]
     return lambda: session.run(outputs, feed)
@@ -179,6 +224,7 @@ RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime("torch", "torch", _eager, reads_onnx=False),
     "torch.compile": Runtime("torch", "torch", _compiled, reads_onnx=False),
     "onnxruntime": Runtime("onnxruntime", "onnxruntime", _onnxruntime),
+    "onnxruntime-int8": Runtime("onnxruntime", "onnxruntime", _int8),
     "onnxruntime-cuda": Runtime("onnxruntime", "onnxruntime", partial(_onnxruntime, provider="CUDAExecutionProvider")),
     "onnxruntime-tensorrt": Runtime("onnxruntime", "onnxruntime", partial(_onnxruntime, provider="TensorrtExecutionProvider")),
     "openvino": Runtime("openvino", "openvino", _openvino),

@@ -26,7 +26,7 @@ from coppice.deadline import Clock, OnTime, plan_on_time, start_clock
 from coppice.errors import CoppiceError
 from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
 from coppice.latency import LatencyModel, latency_model
-from coppice.planning import Plan, compose
+from coppice.planning import Plan, compose, kept_widths
 from coppice.progress import Progress
 from coppice.recovery import Recovery, recover
 from coppice.run import Json, Run
@@ -329,12 +329,6 @@ def materialise(bench: Workbench, snapshot: Snapshot) -> nn.Module:
     if snapshot.plan is None or snapshot.state is None:
         return copy.deepcopy(bench.dense).eval()
     return build(copy.deepcopy(bench.dense), Plan.from_json(snapshot.plan), bench.run.load_state(snapshot.state)).eval()
-
-
-def kept_widths(coupling: Coupling, plan: Plan) -> dict[int, int]:
-    """Axis id -> width after `plan`."""
-    kept = {axis.name: len(axis.keep) for axis in plan.axes}
-    return {axis.id: kept[axis.name] for axis in coupling.axes if axis.name in kept}
 
 
 def _precision(bench: Workbench) -> Any:

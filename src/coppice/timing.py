@@ -35,7 +35,7 @@ MOST_RUNS = 40  # in a turn
 WARM_UP = 0.2  # seconds, and at least three runs
 FEWEST_ROUNDS = 5  # with an undisturbed run: fewer say nothing about noise
 BUSY = 0.9  # a run alone on its core spends more than this part of its time computing
-TOO_NOISY = 0.2  # relative width of the interval of the median beyond which no time is quoted
+TOO_NOISY = 0.3  # relative width of the interval of the median beyond which no time is quoted
 
 
 @dataclass(frozen=True)
