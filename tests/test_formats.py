@@ -108,7 +108,8 @@ def test_bad_requests(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
             formats.write(name, model, images, tmp_path / path, opset)
 
 
-def test_the_command_writes_each_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("busy_machine")
+def test_a_finished_run_is_exported_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 10, (16,))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
     out = tmp_path / "run"
@@ -129,3 +130,7 @@ def test_the_command_writes_each_beside_the_run(tmp_path: Path, capsys: pytest.C
         assert (out / f"model{formats.FORMATS[name].suffix}").exists()
     assert (out / "model.bin").exists()
     assert run(["export", str(out)]) == 0
+    capsys.readouterr()
+    assert run(["measure", str(out), "--rounds", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(c["model"], c["reference"]) for c in found["comparisons"]] == [(str(out), f"{coppice.demo.__file__}:digits_net (dense)")]

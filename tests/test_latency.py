@@ -140,10 +140,12 @@ def test_a_batch_multiplies_the_first_size(by_elements: list[OpShape]) -> None:
     assert [p.sizes({})[0] for p in found.ops] == [8 * op.shape.sizes[0] for op in timed(coupling).ops]
 
 
-def test_ops_slower_than_their_model_are_not_believed(by_elements: list[OpShape]) -> None:
+def test_ops_slower_than_their_model_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROFILERS, "torch", lambda ops, threads: [1e-3] * len(ops))
     _, coupling = mixed()
+    latency_model(coupling, HERE, 1e-3 * len(timed(coupling).ops))
     with pytest.raises(CoppiceError, match="was busy meanwhile"):
-        latency_model(coupling, HERE, 1e-9)
+        latency_model(coupling, HERE, 0.5e-3 * len(timed(coupling).ops))
 
 
 def test_nothing_is_timed_twice(by_elements: list[OpShape]) -> None:

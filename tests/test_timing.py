@@ -1,6 +1,7 @@
 """Timing: what is said of it, and what is refused. No test asserts how long anything takes."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -65,6 +66,16 @@ def test_measure_answers_every_model_in_every_setting() -> None:
     assert {(c.model, c.reference) for c in found.comparisons} == {("thin", "wide")}
     assert json.loads(json.dumps(found.to_dict()))["machine"]["cpu"]
     assert all(torch.equal(before[name], value) for name, value in models["wide"].state_dict().items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_torch_compile_compiles_every_model_of_a_class(tmp_path: Path) -> None:
+    for width in (4, 8):
+        model = ready(width)
+        subject = runtimes.Subject("net", SHAPE, tmp_path, module=model)
+        with torch.no_grad():
+            torch.testing.assert_close(RUNTIMES["torch.compile"].start(subject, 2, 1)(), model(torch.from_numpy(subject.input(2))))
 
 
 @pytest.mark.usefixtures("busy_machine")

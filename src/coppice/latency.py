@@ -141,7 +141,10 @@ def latency_model(
         )
     smallest = {axis.atom: min(axis.width, max(least, grid)) for axis in coupling.prunable}
     shapes = [_at_batch(op, batch) for op in found.ops]
-    reach = {shape: _least_sizes(op, batch, smallest) for shape, op in zip(shapes, found.ops, strict=True)}
+    reach: dict[OpShape, tuple[int, ...]] = {}
+    for shape, op in zip(shapes, found.ops, strict=True):  # ops of one shape share a surface, though not all of them may move alike
+        least_sizes = _least_sizes(op, batch, smallest)
+        reach[shape] = tuple(map(min, least_sizes, reach.get(shape, least_sizes)))
     known = surfaces(table, reach, grid, progress)
     ops = tuple(OpPrice(op, batch, known[shape]) for op, shape in zip(found.ops, shapes, strict=True))
     total = sum(price.evaluate({}) for price in ops)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError
+from coppice.machine import pinning
 from coppice.runtimes import onnx_session, openvino_model, runtime
 
 RUNS, MOST_RUNS = 12, 60  # as many more as other programs take of the core: an op's time is its least, and one of them must be undisturbed
@@ -85,9 +86,11 @@ def time_ops(
     """Seconds of each op on the runtime. CoppiceError where the runtime is missing, or does not tell what single ops take."""
     check_tells(runtime_name)
     found: list[float] = []
-    for some in _portions(ops):
-        found += PROFILERS[runtime_name](some, threads)
-        progress(len(found), len(ops))
+    with pinning() as pin:
+        for some in _portions(ops):
+            pin(threads)
+            found += PROFILERS[runtime_name](some, threads)
+            progress(len(found), len(ops))
     return found
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CALIBRATED_ON = 8  # inputs
+COMPILED_AT_MOST = 64  # models of one class in one process
 Run = Callable[[], object]
 Start = Callable[["Subject", int, int], Run]
 
@@ -98,10 +99,14 @@ def _eager(subject: Subject, batch: int, threads: int) -> Run:
 
 def _compiled(subject: Subject, batch: int, threads: int) -> Run:
     import torch
+    import torch._dynamo
 
-    torch.compiler.reset()  # what was compiled for another model or batch must not count as a recompilation
     model = torch.compile(copy.deepcopy(subject.torch()), dynamic=False)
-    return _in_torch(model, torch.from_numpy(subject.input(batch)), threads)
+    run = _in_torch(model, torch.from_numpy(subject.input(batch)), threads)
+    limits = {"recompile_limit": COMPILED_AT_MOST, "fail_on_recompile_limit_hit": True}  # by default it would quietly run eagerly
+    with torch._dynamo.config.patch(limits), one_sentence(f"torch.compile can't compile {subject.name}"):
+        run()
+    return run
 
 
 def _in_torch(model: Callable[..., object], x: Any, threads: int) -> Run:

@@ -235,7 +235,7 @@ def _plans(
     config = bench.run.config
     allocation = "global" if config.allocation == MEASURED else config.allocation
     found: list[tuple[Plan, OnTime | None]] = []
-    for spare in (False, True):
+    for spare in (False, True) if scores.additive else (False,):  # only losses can be looked back at
         if bench.clock is None or predictor is None:
             found.append((make_plan(coupling, scores, budgets, allocation, config.round_to, config.min_width, spare), None))
             continue
@@ -247,7 +247,7 @@ def _plans(
         steps = ", ".join(f"{humanise(said, 'latency')} predicted, {humanise(took, 'latency')} measured" for said, took in on_time.tried)
         bench.progress.say(f"{name}: {steps} ({bench.clock.setting}; asked for {humanise(budgets['latency'], 'latency')})")
         found.append((on_time.plan, on_time))
-    return found if found[0][0] != found[1][0] else found[:1]
+    return found if found[0][0] != found[-1][0] else found[:1]
 
 
 def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: Coupling, step: Plan) -> tuple[nn.Module, Recovery]:

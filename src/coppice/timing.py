@@ -106,9 +106,6 @@ class Measurement:
             entry["differs"] = comparison.differs
         return plain
 
-    def timing(self, model: str, setting: Setting) -> Timing:
-        return next(t for t in self.timings if (t.model, t.setting) == (model, setting))
-
 
 def measure(
     models: Mapping[str, nn.Module | Path],
