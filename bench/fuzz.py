@@ -1,5 +1,6 @@
 """Prunes generated networks by random plans, offline and in numbers: `python bench/fuzz.py --count 5000 --jobs 2 --out FILE.json`.
 
+With `--rows FILE.jsonl` every seed is written down when it is done, and those that are there are not run again: it can be run in pieces.
 Every fifth network has no op that mixes the channels and is compared with the dense model as well (removed weights at zero).
 A failing seed is repeated by `--start SEED --count 1`. Exits with status 1 if any seed fails.
 """
@@ -9,11 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,20 +95,30 @@ def table(summary: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+def read_rows(path: Path | None) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+    rows = [Row(**json.loads(line)) for line in lines]
+    return [replace(row, checked=Checked(**row.checked)) if isinstance(row.checked, dict) else row for row in rows]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", type=Path, help="a JSONL file, one row a seed; the answer is of all that are in it")
     args = parser.parse_args()
-    rows: list[Row] = []
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for row in pool.imap_unordered(run_seed, range(args.start, args.start + args.count), chunksize=8):
+    rows = read_rows(args.rows)
+    done = {row.seed for row in rows}
+    todo = [seed for seed in range(args.start, args.start + args.count) if seed not in done]
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool, open(args.rows or os.devnull, "a", encoding="utf-8") as file:
+        for row in pool.imap_unordered(run_seed, todo, chunksize=8):
             rows.append(row)
+            print(json.dumps(asdict(row)), file=file, flush=True)
             if len(rows) % 250 == 0:
                 failed = sum(r.checked is None for r in rows)
-                print(f"{len(rows)}/{args.count} seeds, {failed} failed", file=sys.stderr, flush=True)
+                print(f"{len(rows)}/{len(done) + len(todo)} seeds, {failed} failed", file=sys.stderr, flush=True)
     rows.sort(key=lambda row: row.seed)
     summary = summarise(rows)
     print(table(summary))
