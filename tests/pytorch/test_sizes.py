@@ -14,7 +14,9 @@ import coppice.torch.shapes
 from coppice.axes import atoms, find
 from coppice.coupling import Coupling
 from coppice.testing import random_plan
-from coppice.testing.blocks import ClassicAttention, Residual, Split, StoredAttention, WindowAttention
+from coppice.testing.blocks import Residual, Split
+from coppice.testing.map_blocks import WindowAttention
+from coppice.testing.token_blocks import ClassicAttention, StoredAttention
 
 
 @pytest.fixture(autouse=True, params=["real", "fake"])

@@ -10,6 +10,7 @@ import torch
 import coppice
 from coppice.inspection import prunable_share
 from coppice.testing import flat_outputs
+from cutting import to_half_of_the_macs
 
 
 @pytest.fixture
@@ -29,13 +30,7 @@ def test_half_of_the_macs(name: str, tasks: ModuleType) -> None:
     honest = {"model input", "model output", "a constant made by the code", "the code works its size out from other widths"}
     assert coupling.pins.keys() <= honest  # the constant: anchors, which meet the four distances of a box
     assert prunable_share(coupling) > 0.99
-    dense = coupling.cost()
-    plan = coppice.plan(coupling, coppice.score(model, coupling, "l2"), {"macs": 0.5 * dense.macs})
-    pruned = coppice.apply(model, plan)
-    proof = coppice.verify(model, pruned, coupling, plan)
-    assert proof.max_error < 1e-10
-    assert proof.detour is None
-    assert type(pruned) is type(model)
+    pruned = to_half_of_the_macs(model, coupling)
 
     trained = [p for p in pruned.train().parameters() if p.requires_grad]
     torch.stack([y.square().mean() for y in flat_outputs(pruned(*inputs))]).sum().backward()

@@ -14,17 +14,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from coppice.testing.blocks import (
-    Add,
-    Concat,
-    FirstToken,
-    FrozenAttention,
-    Gate,
-    GlobalPool,
-    PoolFlatten,
-    SeparateAttention,
-    TokenMean,
-)
+from coppice.testing.blocks import Add, Concat, FrozenAttention, Gate
 from coppice.testing.draws import (
     MAP_DRAWS,
     MAP_MIXING_DRAWS,
@@ -39,6 +29,8 @@ from coppice.testing.draws import (
     draw_frozen,
     draw_stem,
 )
+from coppice.testing.map_blocks import GlobalPool, PoolFlatten
+from coppice.testing.token_blocks import FirstToken, SeparateAttention, TokenMean
 
 BATCH = 2
 FROZEN_SHARE = 0.08
