@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from coppice.torch.quick_shapes import leaves_as_is, quick_shapes
 from coppice.torch.trees import copied, mapped, named_tensors
 
 USED = True  # whether recordings and trials run on such tensors first
@@ -118,11 +119,14 @@ def _remembered(func: Any, args: Any, kwargs: Any, key: Any, device: torch.devic
     """PyTorch works many shapes out in Python, slowly, and a model calls the same op with the same shapes again and again."""
     known = _memo.get(key)
     if known is not None:
-        several, sizes = known
-        if sizes is None:
-            return args[0]
-        made = [ShapeTensor.blank(shape, stride, dtype, device) for shape, stride, dtype in sizes]  # type: ignore[arg-type]
-        return tuple(made) if several else made[0]
+        return args[0] if known[1] is None else _made(known, device)  # type: ignore[arg-type]
+    if _is_in_place(func) and leaves_as_is(func, args):
+        return args[0]
+    if _is_functional(func) and device is not None and (quick := quick_shapes(func, args, kwargs)) is not None:
+        known = len(quick) > 1, [(shape, _contiguous(shape), dtype) for shape, dtype in quick]
+        if len(_memo) < MEMO_SIZE:
+            _memo[key] = known
+        return _made(known, device)
     result = _run(func, args, kwargs, device)
     if len(_memo) >= MEMO_SIZE:
         return result
@@ -134,6 +138,13 @@ def _remembered(func: Any, args: Any, kwargs: Any, key: Any, device: torch.devic
     elif _is_in_place(func) and result is args[0] and (result.shape, result.stride(), result.dtype) == key[1]:
         _memo[key] = False, None
     return result
+
+
+def _made(known: tuple[bool, list[Any]], device: torch.device) -> Any:
+    """New tensors as it was written down that they are."""
+    several, sizes = known
+    made = [ShapeTensor.blank(shape, stride, dtype, device) for shape, stride, dtype in sizes]
+    return tuple(made) if several else made[0]
 
 
 def shape_like(tensor: Tensor, shape: tuple[int, ...]) -> ShapeTensor:
