@@ -200,6 +200,34 @@ def test_code_that_sets_something_up_when_first_called_is_recorded_again() -> No
     assert "aten.tanh" in [op.name for op in coupling.graph.ops]
 
 
+class Keeps(nn.Module):
+    """Keeps what it works out from a weight between passes in evaluation, and drops it when the mode is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.table, self.kept = nn.Linear(5, 12), nn.Linear(12, 3), nn.Parameter(torch.randn(2, 12)), {}
+        self.register_buffer("index", torch.tensor([1, 0]))
+
+    def train(self, mode: bool = True) -> Keeps:
+        super().train(mode)
+        self.kept = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or "bias" not in self.kept:
+            self.kept["bias"] = self.table[self.index]
+        return self.b(self.a(x) + self.kept["bias"])
+
+
+def test_what_is_kept_of_a_weight_follows_its_axis() -> None:
+    model, x = Keeps().eval(), torch.randn(2, 5)
+    model(x)
+    coupling = coupled(model, x)
+    assert ("table", 1) in coupling.axis("a.weight:0").sites
+    plan = random_plan(coupling, 0)
+    assert coppice.apply(model, plan)(x).shape == (2, 3)  # what the dense one has kept is not in the way
+
+
 class MadeFirst(nn.Module):
     """Works something out of its own before it looks at its input, whose width it then divides by the number of heads."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coppice.coupling import Mask
 from coppice.errors import CoppiceError
 from coppice.planning import Plan
-from coppice.torch.trees import copied, named_tensors, without_collection
+from coppice.torch.trees import copied, hears_of_its_mode, modules_of, named_tensors, without_collection
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -101,6 +101,12 @@ def _edited_copy(model: nn.Module, plan: Plan, edit: Callable[[Tensor, list[Mask
                 memo[id(tensor)] = same
     with without_collection():
         pruned: nn.Module = copied(model, memo)
+    modules = modules_of(pruned)
+    if hears_of_its_mode(modules):  # what it kept is of the dense widths
+        flags = [(module, module.training) for _, module in modules]
+        pruned.train(pruned.training)
+        for module, was in flags:
+            module.training = was
     for path, values in plan.attributes.items():
         module = pruned.get_submodule(path)
         for attribute, value in values.items():

@@ -22,7 +22,17 @@ from coppice.torch import shapes
 from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, refs_in, translate
 from coppice.torch.decisions import Decision, decide, decides
 from coppice.torch.shapes import ShapeTensor, without_values
-from coppice.torch.trees import buffers_of, leaves, mapped, mapped_only, modules_of, parameters_of, tensors_in, without_collection
+from coppice.torch.trees import (
+    buffers_of,
+    hears_of_its_mode,
+    leaves,
+    mapped,
+    mapped_only,
+    modules_of,
+    parameters_of,
+    tensors_in,
+    without_collection,
+)
 
 # Ops that neither compute nor move anything worth a line in the graph.
 IGNORED = {
@@ -334,11 +344,11 @@ def quiet_eval(model: nn.Module, training: bool = False) -> Iterator[None]:
 
     ``training``: the user's own classes take their training branches; PyTorch's modules, and BatchNorms, do as in evaluation.
     """
-    flags = [(m, m.training) for _, m in modules_of(model)]
-    evaluates = not any(was for _, was in flags)
+    modules = modules_of(model)
+    flags = [(m, m.training) for _, m in modules]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    if not evaluates:
+    if hears_of_its_mode(modules) or any(was for _, was in flags):
         model.eval()
     for module, _ in flags if training else ():
         module.training = not (type(module).__module__.startswith("torch.") or isinstance(module, nn.modules.batchnorm._BatchNorm))

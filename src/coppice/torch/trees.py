@@ -43,6 +43,11 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def hears_of_its_mode(modules: list[tuple[str, nn.Module]]) -> bool:
+    """Whether code runs when the mode is set: what is worked out from weights and kept in evaluation is dropped there."""
+    return any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for _, m in modules)
+
+
 def parameters_of(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
     """The parameters of all of ``modules``, under each of their names."""
     return [named for path, module in modules if module._parameters for named in _named(path, module._parameters)]

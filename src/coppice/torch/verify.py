@@ -225,7 +225,7 @@ class _Comparison:
                 wrong.append(k)
 
         with _same_draws():
-            self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()}, watch)
+            self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items() if j < len(recorder.ops)}, watch)
         if not wrong:
             return "none: the outputs are put together differently"
         op = self.coupling.graph.ops[wrong[0]]
