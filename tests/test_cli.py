@@ -70,6 +70,10 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ({"target": None}, "--max-drop"),
         ({"max_drop": "-1"}, "--max-drop"),
         ({"max_drop": "two"}, "--max-drop"),
+        ({"max_drop": "inf"}, "--max-drop inf"),
+        ({"seed": "99999999999999999999"}, "--seed"),
+        ({"threads": "100000"}, "--threads 100000"),
+        ({"features": "inf"}, "features is inf"),
         ({"criterion": "magic"}, "--criterion magic"),
         ({"allocation": "fair"}, "--allocation fair"),
         ({"aggregation": "mean", "criterion": "random"}, "no elements to aggregate"),
@@ -81,12 +85,16 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ({"mean": "a,b"}, "--mean a,b"),
         ({"mean": "0.1,0.2,0.3", "std": "1,1,1"}, "can't run on the data's images"),
         ({"std": "0"}, "std"),
+        ({"std": "inf"}, "std is inf"),
+        ({"mean": "nan"}, "mean is nan"),
+        ({"size": "100000000"}, "size is 100000000"),
         ({"input": "1,3,224,224"}, "does not fit the data"),
         ({"split": "training"}, "ROLE=NAME"),
         ({"split": "train=nothing"}, "nothing"),
         ({"data": "nowhere"}, "nowhere"),
         ({"num_classes": "7", "weights": None}, "classes"),
         ({"out": None}, "--out"),
+        ({"out": f"{__file__}/run"}, "can't be made"),
         ({"config": "nowhere.toml"}, "no configuration"),
         ({"resume": "runs/r20"}, "drop --"),
         ({"colour": "red"}, "--colour"),
@@ -164,15 +172,41 @@ def test_an_empty_folder_and_an_image_that_is_none(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_nan_loss_is_one_sentence(arguments: dict[str, str | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_not_finite(arguments: dict[str, str | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = digits_net().state_dict()
     state["classifier.bias"][0] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
     assert prune(arguments, weights=str(tmp_path / "nan.safetensors")) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert "nan" in said[-1]
-    assert said[-1].startswith("coppice: ")
-    assert not (tmp_path / "run" / "manifest.json").exists()
+    assert "not finite" in sentence(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("factory", "says"), [("half", "its weights are float16"), ("broken", "KeyError"), ("pair", "returned a tuple")])
+def test_models_that_cant_be_used(
+    factory: str, says: str, arguments: dict[str, str | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    assert prune(arguments, model=f"{tmp_path / 'nets.py'}:{factory}", weights=None) == 2
+    assert says in sentence(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+NETS = """
+from torch import nn
+
+class Broken(nn.Linear):
+    def forward(self, x):
+        raise KeyError("no such thing")
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        scores = super().forward(x.flatten(1))
+        return scores, scores
+
+def half(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).half()
+def broken(): return Broken(64, 10)
+def pair(): return Pair(64, 10)
+"""
 
 
 def test_a_folder_in_use_is_not_written_over(arguments: dict[str, str | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +256,10 @@ def test_resume_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["inspect", "--model", "torchvision:resnet18"], "--input"),
         (["inspect", "--model", "torchvision:resnet18", "--input", "1,x"], "--input 1,x"),
+        (["inspect", "--model", MODEL, "--input", "0,1,8,8"], "1 or more"),
+        (["inspect", "--model", MODEL, "--input", "-1,1,8,8"], "1 or more"),
+        (["inspect", "--model", MODEL, "--input", "99999,99999,9999,9999"], "memory"),
+        (["inspect", "--model", MODEL, "--input", "1,1,8,8", "--num-classes", "0"], "--num-classes 0"),
         (["inspect"], "--model"),
         (["eval", "--model", "torchvision:resnet18"], "--data"),
         (["eval", "--model", "torchvision:resnet18", "--data", "digits", "--part", "some"], "--part some"),
@@ -232,6 +270,10 @@ def test_resume_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["sensitivity", "--model", MODEL, "--data", "digits", "--out", "plot.jpeg"], ".html, .svg, .png"),
         (["sensitivity", "--model", MODEL, "--data", "digits", "--images", "0"], "--images 0"),
         (["sensitivity", "--model", MODEL, "--data", "digits", "--parts", "half"], "--parts half"),
+        (["sensitivity", "--model", MODEL, "--data", "digits", "--criterion", "l1", "--limit", "nan"], "limit"),
+        (["measure", MODEL, "--input", "1,1,8,8", "--out", "nowhere/times.json"], "no folder"),
+        (["measure", MODEL, "--input", "1,1,8,8", "--out", __file__], "exists already"),
+        (["demo", "--out", __file__], "can't be made"),
         (["sensitivity", "--model", MODEL, "--data", "digits", "--criterion", "auto"], "unknown criterion 'auto'"),
         (["shrink"], "shrink"),
     ],
@@ -316,7 +358,18 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert coppice.__version__ in capsys.readouterr().out
     assert run(["prune", "--help"]) == 0
-    assert "--max-drop" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--max-drop" in said
+    assert "[obs]" in said, "the defaults are shown"
+    assert run([]) == 2
+    said = capsys.readouterr()
+    assert "sensitivity" in said.out + said.err
+    assert "coppice: " not in said.err, "the help is all there is to say"
+
+
+def test_help_needs_no_framework() -> None:
+    code = "import sys; from coppice.cli import run; run(['prune', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def test_sigint_to_a_working_run(arguments: dict[str, str | None], tmp_path: Path) -> None:

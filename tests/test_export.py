@@ -108,3 +108,14 @@ def test_a_file_that_is_no_model_is_one_sentence(model: nn.Module, images: Tenso
     (tmp_path / "m.onnx").write_bytes(b"not a model")
     with pytest.raises(CoppiceError, match="can't load"):
         check_onnx(model, images, tmp_path / "m.onnx")
+
+
+class InADict(Small):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        features = self.norm(self.conv(x)).mean((2, 3))
+        return {"logits": self.head(features), "features": features}
+
+
+def test_a_model_that_returns_a_dict(images: Tensor, tmp_path: Path) -> None:
+    """The exporter lays a dict out as one output a value."""
+    assert export_onnx(InADict().eval(), images, tmp_path / "m.onnx").error <= RTOL

@@ -265,3 +265,19 @@ def test_training_that_makes_it_worse_is_not_taken(model: nn.Module, digits: Ima
     kept = coppice.prune(model, digits, "macs=0.6", recipe=Recipe(epochs=0), threads=1)
     result = coppice.prune(model, digits, "macs=0.6", train=spoil, recipe=Recipe(epochs=1), threads=1)
     assert same_bits(result.model.state_dict(), kept.model.state_dict())
+
+
+class InADict(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.body(x)}
+
+
+def test_a_model_that_returns_a_dict(model: nn.Module, digits: ImageData, tmp_path: Path) -> None:
+    settings = QUICK | {"recipe": Recipe(epochs=0), "calibration": 64}
+    result = coppice.prune(InADict(model), digits, "macs=0.6", out=tmp_path / "r", **settings)  # type: ignore[arg-type]
+    assert result.metrics["verified"]
+    assert not result.metrics["notes"], "it was exported, too"

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from coppice.run import Json
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Prune a trained network, and prove it right."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Prune a trained network, and prove it right.",
 )
 
 app.command()(cli_latency.measure)
@@ -91,8 +95,14 @@ def inspect(
     if input is None:
         raise CoppiceError("inspect needs the shape of an input: --input 1,3,224,224")
     shape = tuple(_numbers("--input", input, int))
+    if any(size < 1 for size in shape):
+        raise CoppiceError(f"--input {input}: every size must be 1 or more")
+    try:
+        example = torch.zeros(shape)
+    except RuntimeError:
+        raise CoppiceError(f"--input {input}: an input of that size does not fit in memory") from None
     network = load_model(model, Path(weights) if weights else None, num_classes).eval()
-    coupling = couple(capture(network, (torch.zeros(shape),)))
+    coupling = couple(capture(network, (example,)))
     found = {"model": model, "input": list(shape), **inspect_axes(coupling)}
     if axis is not None:
         _print_sites(coupling, axis, as_json)
@@ -189,7 +199,7 @@ def prune(
     trials: Annotated[int | None, typer.Option("--trials", help="probes of the bisection with --max-drop alone [5]")] = None,
     calibration: Calibration = None,
     repair: Annotated[bool | None, typer.Option("--repair/--no-repair", help="refit the layers after a cut [yes]")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="fine-tuning epochs in all [3]")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="epochs of each fine-tuning, over all --steps [3]")] = None,
     optimizer: Annotated[Text, typer.Option("--optimizer", help="sgd or adamw [sgd]")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="peak learning rate")] = None,
     weight_decay: Annotated[float | None, typer.Option("--weight-decay")] = None,
@@ -537,7 +547,8 @@ def run(arguments: Sequence[str]) -> int:
         return leave.exit_code
     except Exception as error:
         if _is_usage(error):
-            _complain(f"{error.format_message()} (see coppice --help)")  # type: ignore[attr-defined]
+            if said := error.format_message():  # type: ignore[attr-defined]  # empty where no command was named: that printed the help
+                _complain(f"{said} (see coppice --help)")
             return 2
         _complain(_fault(error, Path(tempfile.gettempdir())))
         return 1

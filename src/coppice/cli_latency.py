@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coppice.errors import CoppiceError
-from coppice.run import replacing
 
 if TYPE_CHECKING:
     from coppice.timing import Measurement
@@ -43,9 +42,12 @@ def measure(
 ) -> None:
     """Time models where they will run, turn by turn, and say which differences are more than noise."""
     from coppice.progress import Terminal
+    from coppice.run import check_new_file, write_text
     from coppice.subjects import open_subjects
     from coppice.timing import measure as time_them
 
+    if out is not None:
+        check_new_file(out)
     subjects, reference, shape = open_subjects(models, against, _listed("--input", input, int) if input else None, num_classes)
     with Terminal().bar("measuring") as advance:
         found = time_them(
@@ -60,8 +62,7 @@ def measure(
         )
     text = json.dumps(found.to_dict(), indent=1)
     if out is not None:
-        with replacing(out) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(out, text + "\n")
     if as_json:
         typer.echo(text)
     else:

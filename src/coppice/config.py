@@ -23,6 +23,7 @@ from coppice.targets import Target, parse_target
 from coppice.train import Recipe
 
 MEASURED = "measured"  # how many indices of each axis go is decided by what each cut does to the outputs, whatever the criterion
+_MOST_THREADS = 1024  # not what this machine has: a run is repeated with the threads it was made with, and far more crash PyTorch
 DISTILL = 0.9  # a loop always has the dense model at hand, and its soft labels are worth more than they cost
 
 
@@ -92,7 +93,7 @@ class RunConfig:
 def _check(config: RunConfig) -> None:
     bounds: list[tuple[bool, str]] = [
         (0 < config.val_fraction < 1, f"--val-fraction {config.val_fraction}: it lies between 0 and 1"),
-        (config.max_drop is None or config.max_drop >= 0, f"--max-drop {config.max_drop}: give points of top-1, 0 or more"),
+        (config.max_drop is None or 0 <= config.max_drop <= 100, f"--max-drop {config.max_drop}: give points of top-1, 0 to 100"),
         (config.criterion in (*CRITERIA, AUTO), f"--criterion {config.criterion}: choose one of {', '.join((*CRITERIA, AUTO))}"),
         (
             config.allocation in (MEASURED, *ALLOCATIONS),
@@ -100,8 +101,8 @@ def _check(config: RunConfig) -> None:
         ),
         (all(size > 0 for size in config.input), f"--input {config.input}: every size must be 1 or more"),
         (config.num_classes >= 0, f"--num-classes {config.num_classes}: it must be 1 or more"),
-        (config.threads >= 0, f"--threads {config.threads}: it must be 1 or more"),
-        (config.seed >= 0, f"--seed {config.seed}: it must be 0 or more"),
+        (0 <= config.threads <= _MOST_THREADS, f"--threads {config.threads}: it must be 1 to {_MOST_THREADS}"),
+        (0 <= config.seed < 2**63, f"--seed {config.seed}: it must be 0 or more, and less than 2^63"),
     ]
     bounds += [
         (getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)}: it must be 1 or more")

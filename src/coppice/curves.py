@@ -8,6 +8,7 @@ beside the accuracy: it needs no labels, and tells losses apart that a few hundr
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -94,6 +95,8 @@ def sensitivity(
     """
     if not parts or not all(0 < part < 1 for part in parts):
         raise CoppiceError(f"parts of an axis lie between 0 and 1, not {', '.join(f'{part:g}' for part in parts) or 'none'}")
+    if limit is not None and not 0 <= limit < math.inf:
+        raise CoppiceError(f"the limit of the divergence is {limit:g}; it must be 0 or more, and finite")
     bundles = bundles_on_grid(coupling, round_to, min_width)
     if not bundles:
         raise CoppiceError("no axis can be cut on this grid; lower --round-to or --min-width")

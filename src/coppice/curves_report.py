@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coppice.curves import Curve, Point, Sensitivity
 from coppice.errors import CoppiceError
 from coppice.pictures import PAGE, PAPER, Palette, figure, inline, page, save
-from coppice.run import replacing, write_text
+from coppice.run import check_new_file, replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,10 +21,7 @@ def check_out(path: Path) -> None:
     """Raise CoppiceError unless a picture can be written to `path`: to be asked before the work."""
     if path.suffix not in SUFFIXES:
         raise CoppiceError(f"--out {path}: name a file that ends in {', '.join(SUFFIXES)}")
-    if path.exists():
-        raise CoppiceError(f"--out {path} exists already, name another file")
-    if not path.parent.is_dir():
-        raise CoppiceError(f"--out {path}: there is no folder {path.parent}")
+    check_new_file(path)
 
 
 def write(found: Sensitivity, path: Path, title: str) -> None:

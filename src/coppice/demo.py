@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coppice.config import RunConfig
 from coppice.data import load_data
+from coppice.errors import CoppiceError
 from coppice.preprocess import Preprocess
 from coppice.progress import Progress
 from coppice.run import CONFIG, write_tensors
@@ -82,7 +83,10 @@ def run_demo(out: Path, *, fresh: bool, progress: Progress) -> Result:
 
     if fresh and (out / "pruned" / CONFIG).exists():  # nothing but a run is ever removed
         shutil.rmtree(out / "pruned")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CoppiceError(f"--out {out} can't be made ({error.strerror}), name another folder") from error
     config = demo_config(out.resolve())
     if fresh or not Path(config.weights).exists():
         train_dense(config, progress)

@@ -110,10 +110,11 @@ def _session(path: Path) -> Any:
 
 def _difference(model: nn.Module, batch: Tensor, answer: Answer, name: str) -> float:
     import torch
+    from torch.utils._pytree import tree_leaves
 
     with torch.no_grad():
         outputs = model(batch)
-    eager: Sequence[Tensor] = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    eager = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]  # as the exporter lays dicts and tuples out
     ran = answer(batch)
     if len(ran) != len(eager) or any(r.shape != e.shape for r, e in zip(ran, eager, strict=True)):
         raise VerificationError(f"{name} returns {[tuple(r.shape) for r in ran]} where PyTorch returns {[tuple(e.shape) for e in eager]}")

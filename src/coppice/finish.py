@@ -18,6 +18,7 @@ from coppice.config import dump_config
 from coppice.data import ImageData
 from coppice.errors import VerificationError
 from coppice.export import RTOL, ExportError, export_onnx
+from coppice.forward import logits
 from coppice.latency import latency_model
 from coppice.planning import Plan, kept_widths
 from coppice.report import AxisWidth, render_report
@@ -84,7 +85,7 @@ def _check_saved(bench: Workbench, plan: Plan, model: nn.Module) -> str:
     again = build(copy.deepcopy(bench.dense), plan, read_tensors(candidate)).eval()
     images = example_input(bench.data, _IMAGES)
     with torch.no_grad():
-        same = same_bits(model.state_dict(), again.state_dict()) and same_bits({"": model(images)}, {"": again(images)})
+        same = same_bits(model.state_dict(), again.state_dict()) and same_bits({"": logits(model(images))}, {"": logits(again(images))})
     if not same:
         raise VerificationError(f"{path.name} loaded again is not the model that was saved: a module keeps state outside its state dict")
     candidate.replace(path)

@@ -31,7 +31,7 @@ from coppice.errors import CoppiceError
 from coppice.finish import finish
 from coppice.floor import has_seen_validation
 from coppice.forward import device_of, logits
-from coppice.models import load_model
+from coppice.models import load_model, one_line
 from coppice.pictures import check_renderer
 from coppice.planning import Plan
 from coppice.progress import Progress, Silent
@@ -187,8 +187,9 @@ def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
     example = example_input(data)
     if config.input and tuple(config.input[1:]) != tuple(example.shape[1:]):
         raise CoppiceError(f"--input {config.input} does not fit the data, whose images are {tuple(example.shape[1:])} after preprocessing")
+    outputs = count_outputs(dense, data)
     if isinstance(data, ImageData):
-        check_classes(data, count_outputs(dense, data))
+        check_classes(data, outputs)
     coupling = couple(capture(dense, (example,)))
     if config.target:
         cost, grid = coupling.cost(), 1
@@ -202,14 +203,19 @@ def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
 
 
 def count_outputs(dense: nn.Module, data: Data) -> int:
-    """How many classes the model tells apart. Raises CoppiceError if it can't run on the data's images."""
+    """How many classes the model tells apart. Raises CoppiceError if it can't run on the data's images, or answers what is not finite."""
+    example = example_input(data)
     with torch.no_grad():
         try:
-            output = dense(example_input(data))
-        except RuntimeError as error:
-            shape = tuple(example_input(data).shape)
-            raise CoppiceError(f"the model can't run on the data's images {shape}: {str(error).splitlines()[0]}") from error
-    return logits(output).shape[1]
+            output = dense(example)
+        except Exception as error:  # whatever a user's own code raises
+            kinds = {p.dtype for p in dense.parameters() if p.is_floating_point()} - {example.dtype}
+            hint = f" (its weights are {str(kinds.pop())[6:]}, the images {str(example.dtype)[6:]}: convert it)" if kinds else ""
+            raise CoppiceError(f"the model can't run on the data's images {tuple(example.shape)}: {one_line(error)}{hint}") from error
+    found = logits(output)
+    if not found.isfinite().all():
+        raise CoppiceError("the model's outputs are not finite on the data's first image: look for NaN or infinite weights or inputs")
+    return found.shape[1]
 
 
 def _work(dense: nn.Module, data: Data, run: Run, train: TrainFunction | None, progress: Progress) -> Result:

@@ -30,6 +30,8 @@ def load_model(spec: str, weights: Path | None = None, num_classes: int | None =
     `weights`: a .safetensors file, or .pth/.pt through `torch.load(weights_only=True)`.
     Raises CoppiceError if the model is unknown or can't be built, or the weights are unreadable, unsafe, or another model's.
     """
+    if num_classes is not None and num_classes < 1:
+        raise CoppiceError(f"--num-classes {num_classes}: it must be 1 or more")
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise CoppiceError(f"{spec!r} names no model: write FILE.py:factory, torchvision:NAME or timm:NAME")

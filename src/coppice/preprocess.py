@@ -1,10 +1,13 @@
 """From a decoded image to a model's input: resize, centre crop, scale to [0, 1], normalise."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coppice.errors import CoppiceError
+
+_LARGEST = 16384  # pixels a side: more is a slip of the hand, and would not fit in memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,11 +33,13 @@ class Preprocess:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) and min(len(self.mean), len(self.std)) > 1:
             raise CoppiceError(f"mean has {len(self.mean)} numbers and std {len(self.std)}: give one for each channel")
-        if not all(value > 0 for value in self.std):
-            raise CoppiceError(f"std is {', '.join(map(str, self.std))}: every number must be above zero")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise CoppiceError(f"mean is {', '.join(map(str, self.mean))}: every number must be finite")
+        if not all(0 < value < math.inf for value in self.std):
+            raise CoppiceError(f"std is {', '.join(map(str, self.std))}: every number must be above zero and finite")
         for name, value in (("size", self.size), ("resize", self.resize)):
-            if value is not None and value < 1:
-                raise CoppiceError(f"{name} is {value}: it must be at least 1 pixel")
+            if value is not None and not 1 <= value <= _LARGEST:
+                raise CoppiceError(f"{name} is {value}: it must be 1 to {_LARGEST} pixels")
         if self.size is not None and self.resize is not None and self.resize < self.size:
             raise CoppiceError(f"resize {self.resize} is smaller than the crop of size {self.size}: make it at least that")
 

@@ -49,7 +49,7 @@ class Recipe:
         _within("label_smoothing", self.label_smoothing, 0, 0.9999)
         _within("distill", self.distill, 0, 1)
         _within("temperature", self.temperature, 0.01, 1000)
-        _within("features", self.features, 0, math.inf)
+        _within("features", self.features, 0, 1e6)
         _within("ema", self.ema, 0, 0.99999)
         for name, value, high in (("lr", self.lr, 1e3), ("warmup", self.warmup, 0.9999), ("grad_clip", self.grad_clip, math.inf)):
             if value is not None:

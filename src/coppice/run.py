@@ -99,7 +99,10 @@ def create_run(path: Path, config: RunConfig) -> Run:
     check_out(path, config)
     if (path / CONFIG).exists():
         return resume_run(path)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CoppiceError(f"--out {path} can't be made ({error.strerror}), name another folder") from error
     lock = _take_lock(path)
     write_text(path / CONFIG, dump_config(config))
     return Run(path, config, lock)
@@ -194,6 +197,14 @@ def _flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_new_file(path: Path) -> None:
+    """Raise CoppiceError unless a file named with --out can be made there: to be asked before the work."""
+    if path.exists():
+        raise CoppiceError(f"--out {path} exists already, name another file")
+    if not path.parent.is_dir():
+        raise CoppiceError(f"--out {path}: there is no folder {path.parent}")
 
 
 def write_text(path: Path, text: str) -> None:
