@@ -57,6 +57,8 @@ def timed(coupling: Coupling) -> Timed:
 
 def _timed(coupling: Coupling, k: int, fused: _Behind | None) -> TimedOp | None:
     op, info = coupling.graph.ops[k], coupling.ops[k]
+    if not info.letters:  # no rule of letters, or it did not fit: the op is part of the rest
+        return None
     if op.rule == "attention":
         *outer, queries, _ = coupling.dims[op.outputs[0]]
         axes = (tuple(outer), (queries,), *((info.letters[x],) for x in "kdv"))
