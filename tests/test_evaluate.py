@@ -131,6 +131,12 @@ def test_what_cannot_be_evaluated_is_one_sentence(batches, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("labels", [torch.zeros(4), torch.zeros(4, 1, dtype=torch.int64)], ids=["fractions", "columns"])
+def test_labels_that_are_none(labels):
+    with pytest.raises(CoppiceError, match="one whole number an image"):
+        evaluate(torch.nn.Linear(3, 2), [(torch.zeros(4, 3), labels)], None)
+
+
 def test_an_unknown_precision(digits):
     with pytest.raises(CoppiceError, match="choose one of fp32, bf16"):
         evaluate(small_net(), digits.test, digits.preprocess, precision="fp8")

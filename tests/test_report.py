@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coppice.report import AxisWidth, render_report, table_rows
+from coppice.report import AxisWidth, _steps_picture, render_report, table_rows
 
 SIDE = {"top1": 90.0, "top5": 99.0, "loss": 0.3, "n": 1000, "top1_ci95": [88.0, 91.7], "per_class": [91.0, 89.0, None]}
 METRICS: dict[str, Any] = {
@@ -201,3 +201,11 @@ def test_the_table_has_one_row_a_quantity() -> None:
 
 def test_the_same_run_gives_the_same_page() -> None:
     assert page() == page()
+
+
+def test_steps_on_one_point_share_a_label() -> None:
+    """A training whose result was not taken lies where the cut before it does."""
+    metrics = copy.deepcopy(METRICS)
+    metrics["history"][2]["val_top1"] = metrics["history"][1]["val_top1"]
+    labels = [text.get_text() for text in _steps_picture(metrics).axes[0].texts]
+    assert labels == ["dense", "cut 1, tuned 1", "floor"]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import coppice.demo
+from coppice.cli import run as command
 from coppice.config import RunConfig
 from coppice.errors import CoppiceError
 from coppice.run import (
@@ -29,6 +31,7 @@ from coppice.run import (
     write_tensors,
     write_text,
 )
+from coppice.targets import parse_target
 
 CONFIG_A = RunConfig(model="torchvision:resnet18", data="digits", threads=1)
 
@@ -221,3 +224,21 @@ def test_what_is_no_safetensors_file_is_one_sentence(content: bytes, tmp_path: P
     path.write_bytes(content)
     with pytest.raises(CoppiceError, match="as safetensors"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("journal", ['{"dense": 3}', '{"dense": {"result": {"accuracy": 1}, "seconds": 1}}'])
+def test_a_journal_of_something_else(journal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Changed by hand, or of another version: one sentence, and the folder is left as it was."""
+    model = f"{coppice.demo.__file__}:digits_net"
+    with create_run(tmp_path / "r", RunConfig(model=model, data="digits", target=parse_target("macs=0.5"), threads=1)):
+        pass
+    (tmp_path / "r" / "journal.json").write_text(journal)
+    assert command(["prune", "--resume", str(tmp_path / "r")]) == 2
+    assert "start the run again in another folder" in capsys.readouterr().err
+    assert (tmp_path / "r" / "journal.json").read_text() == journal
+
+
+def test_a_configuration_without_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.toml").write_text("")
+    assert command(["prune", "--resume", str(tmp_path)]) == 2
+    assert "call coppice.prune again" in capsys.readouterr().err

@@ -97,6 +97,10 @@ class _Tally:
 
     def add(self, z: Tensor, y: Tensor) -> None:
         classes = z.shape[1]
+        if y.dim() != 1 or y.is_floating_point():
+            raise CoppiceError(
+                f"the labels are {str(y.dtype)[6:]} of shape {tuple(y.shape)}: there must be one whole number an image (int64)"
+            )
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
             wrong = int(y.min()) if int(y.min()) < 0 else int(y.max())
             raise CoppiceError(f"the data has the label {wrong}, the model {classes} outputs: give the data it was trained on")

@@ -31,6 +31,7 @@ from coppice.errors import CoppiceError
 from coppice.finish import finish
 from coppice.floor import has_seen_validation
 from coppice.forward import device_of, logits
+from coppice.machine import usable_cores
 from coppice.models import load_model, one_line
 from coppice.pictures import check_renderer
 from coppice.planning import Plan
@@ -127,7 +128,7 @@ def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> Result:
 
 def resume(out: Path, *, progress: Progress) -> Result:
     """Go on with a run from where it stopped; a finished one is only read."""
-    with resume_run(out) as run, threads(run.config.threads):
+    with resume_run(out) as run, threads(run.config.threads or usable_cores()):
         if not run.config.model:
             raise CoppiceError(f"--resume {out}: the run was started from Python, call coppice.prune again with out={str(out)!r}")
         dense, data = open_inputs(run.config)

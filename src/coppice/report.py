@@ -101,8 +101,10 @@ def _steps_picture(metrics: Mapping[str, Any]) -> Figure:
     accuracy = [step["val_top1"] for step in history]
     axes.plot(fraction, accuracy, color=PAGE.muted, linewidth=1.2, zorder=1)
     axes.scatter(fraction, accuracy, color=PAGE.accent, s=36, zorder=2)
-    for x, y, step in zip(fraction, accuracy, history, strict=True):
-        axes.annotate(step["stage"], (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color=PAGE.ink)
+    stages = [str(step["stage"]) for step in history]
+    for place in dict.fromkeys(zip(fraction, accuracy, strict=True)):  # several steps may lie on one point: a training that was not taken
+        here = [name for name, x, y in zip(stages, fraction, accuracy, strict=True) if (x, y) == place]
+        axes.annotate(", ".join(here), place, textcoords="offset points", xytext=(6, 5), fontsize=8, color=PAGE.ink)
     if metrics["target"].get("max_drop") is not None:
         floor = metrics["dense"]["val"]["top1"] - metrics["target"]["max_drop"]
         axes.axhline(floor, color=PAGE.warn, linewidth=1, linestyle="--")

@@ -45,6 +45,8 @@ class Run:
         self._lock = lock
         journal = path / JOURNAL
         self._journal: Json = read_json(journal) if journal.exists() else {}
+        if not all(isinstance(entry, dict) and entry.keys() >= {"result", "seconds"} for entry in self._journal.values()):
+            raise CoppiceError(f"{journal} is not as the run wrote it, start the run again in another folder")
 
     def __enter__(self) -> Run:
         return self

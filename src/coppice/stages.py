@@ -99,13 +99,20 @@ def example_input(data: Data, images: int = 1) -> Tensor:
     return first[0][:images]
 
 
+def _snapshot(found: Json) -> Snapshot:
+    try:
+        return Snapshot(**found)
+    except TypeError as error:
+        raise CoppiceError("the run's journal was written by another version of coppice, start the run again in another folder") from error
+
+
 def dense_snapshot(bench: Workbench) -> Snapshot:
     """The model as it came, on the validation split."""
 
     def measure() -> Json:
         return asdict(Snapshot("dense", None, None, bench.cost.to_dict(), _validate(bench, bench.dense, "dense")))
 
-    return Snapshot(**bench.run.stage("dense", measure))
+    return _snapshot(bench.run.stage("dense", measure))
 
 
 def on_the_clock(bench: Workbench, setting: Setting) -> Workbench:
@@ -148,7 +155,7 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
             )
         )
 
-    return Snapshot(**bench.run.stage(name, work))
+    return _snapshot(bench.run.stage(name, work))
 
 
 @dataclass(frozen=True)
@@ -309,7 +316,7 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
         kept = before.val if worse else val
         return asdict(replace(before, stage=name, state=state, val=kept, epochs=epochs, training=[asdict(result) for result in results]))
 
-    return Snapshot(**bench.run.stage(name, work))
+    return _snapshot(bench.run.stage(name, work))
 
 
 def test_metrics(bench: Workbench, snapshot: Snapshot) -> Json:
