@@ -15,11 +15,13 @@ import multiprocessing
 import os
 import re
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,6 +202,11 @@ def check_onnx(dense: Any, pruned: Any, inputs: tuple[Any, ...]) -> str | None:
     return fault
 
 
+def commit() -> str:
+    """The commit of the code that runs."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -227,7 +234,7 @@ def prune_one(line: str, onnx: bool, quick: bool = False) -> Row:
 
     lib, name, size = parse_line(line)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    row: Row = {"name": line, "error": None, "verified": False}
+    row: Row = {"name": line, "error": None, "verified": False, "commit": commit()}
     model = build_model(lib, name)
     inputs = example_inputs(lib, name, size, 1)
     row["model_mb"] = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 2**20
@@ -348,11 +355,14 @@ def table(rows: list[Row], about: str) -> str:
     met = [r for r in verified if not r.get("missed")]
     shares = sorted(r["prunable_share"] for r in verified)
     median = shares[len(shares) // 2] if shares else 0.0
+    commits = Counter(r.get("commit") or "an earlier one" for r in rows)
+    made_on = ", ".join(f"{name} ({count})" for name, count in commits.most_common())
     lines = [
         f"{len(verified)} of {len(rows)} models pruned and verified; {len(met)} reach {SHARE} × MACs "
         f"({sum(r['grid'] == GRIDS[0] for r in met)} of them on widths of multiples of {GRIDS[0]}); "
         f"{sum(map(passed, rows))} pass every check; median share of parameters on prunable axes {median:.1%}; "
-        f"{sum(r.get('seconds', 0) for r in verified):.0f} s from capture to the pruned model in all. {about}".rstrip(),
+        f"{sum(r.get('seconds', 0) for r in verified):.0f} s from capture to the pruned model in all. "
+        f"Commits that the rows were made on: {made_on}. {about}".rstrip(),
         "",
         "| model | verified | MACs × | grid | params × | prunable | pinned axes: reasons | s | peak MB | train | save | ONNX | note |",
         "|---|---|---:|---:|---:|---:|---|---:|---:|---|---|---|---|",

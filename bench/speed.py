@@ -29,7 +29,7 @@ from typing import Any
 from coverage import HERE, build_model, example_inputs
 
 REPEATS = 3
-LIMIT = 180.0  # seconds a model
+LIMIT = 90.0  # seconds a model
 MEMORY = 16 * 2**30  # bytes of address space that a model may take: one of the two may ask for all there is
 DEPTHS = (50, 251, 500, 1001)
 Row = dict[str, Any]
