@@ -264,6 +264,7 @@ def test_resume_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["eval", "--model", "torchvision:resnet18"], "--data"),
         (["eval", "--model", "torchvision:resnet18", "--data", "digits", "--part", "some"], "--part some"),
         (["export", "nowhere"], "no run folder"),
+        (["export", "nowhere", "--out", "no/such/file.onnx"], "there is no folder"),
         (["export", "nowhere", "--to", "tflite"], "choose one of onnx, openvino, pt2"),
         (["prune", "--steps", "many"], "--steps"),
         (["sensitivity", "--model", MODEL], "--data"),
@@ -386,3 +387,10 @@ def test_sigint_to_a_working_run(arguments: dict[str, str | None], tmp_path: Pat
     assert process.returncode == 130
     assert said.splitlines()[-1] == f"coppice: stopped; go on with: coppice prune --resume {tmp_path / 'run'}"
     assert "Traceback" not in said
+
+
+def test_stop_early_needs_a_floor(arguments: dict[str, str | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [part for pair in arguments.items() for part in pair if part]
+    assert run(["prune", *line, "--stop-early"]) == 2
+    assert "--max-drop" in sentence(capsys)
+    assert not (tmp_path / "run").exists()

@@ -119,3 +119,10 @@ class InADict(Small):
 def test_a_model_that_returns_a_dict(images: Tensor, tmp_path: Path) -> None:
     """The exporter lays a dict out as one output a value."""
     assert export_onnx(InADict().eval(), images, tmp_path / "m.onnx").error <= RTOL
+
+
+def test_an_opset_that_there_is_not(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """The exporter would go on with its own opset and say nothing."""
+    with pytest.raises(ExportError, match="opset 999"):
+        export_onnx(model, images, tmp_path / "m.onnx", opset=999)
+    assert list(tmp_path.iterdir()) == []

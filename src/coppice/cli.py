@@ -316,6 +316,8 @@ def export(
     from coppice.run import ONNX, load
 
     suffix = format_of(to).suffix
+    if out is not None and not out.parent.is_dir():
+        raise CoppiceError(f"--out {out}: there is no folder {out.parent}")
     model = load(run)
     images, what = some_images(run)
     path = out or run / (ONNX if opset is None else f"model-opset{opset}.onnx").replace(".onnx", suffix)

@@ -109,6 +109,7 @@ def _check(config: RunConfig) -> None:
         for name in ("round_to", "min_width", "steps", "rounds", "trials", "calibration")
     ]
     bounds += [
+        (not config.stop_early or config.max_drop is not None, "--stop-early ends when the floor holds: give one with --max-drop"),
         (
             config.aggregation == "sum" or config.criterion != AUTO,
             f"--aggregation {config.aggregation}: it goes with one criterion, name it with --criterion",

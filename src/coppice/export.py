@@ -93,6 +93,14 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None 
             )  # fmt: skip
         except Exception as error:  # the exporter's own errors have no common base
             raise ExportError(f"the model can't be exported to ONNX: {first_line(error) or said.getvalue()[:200]}") from error
+    if opset is not None and (found := _opset(path)) != opset:  # the exporter keeps its own where it can't convert, and only logs that
+        raise ExportError(f"opset {opset} can't be had: the exporter wrote {found}")
+
+
+def _opset(path: Path) -> int:
+    import onnx
+
+    return int(next(entry.version for entry in onnx.load(path).opset_import if entry.domain == ""))
 
 
 def _session(path: Path) -> Any:
