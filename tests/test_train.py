@@ -282,6 +282,14 @@ def test_frozen_norms_keep_their_statistics_and_train_their_weights(digits):
     assert all(module.training == model.training for module in model.modules())
 
 
+def test_a_batch_larger_than_the_data_trains_at_the_rate_of_all_of_it(digits):
+    larger, whole = small_net(), small_net()
+    recipe = replace(SHORT, epochs=1, lr=None)
+    fine_tune(larger, digits, replace(recipe, batch_size=100 * len(digits.train)))
+    fine_tune(whole, digits, replace(recipe, batch_size=len(digits.train)))
+    assert bits(larger) == bits(whole)
+
+
 def test_no_epochs_change_nothing(digits):
     model = small_net()
     before = bits(model)

@@ -64,6 +64,8 @@ def fine_tune(
     """
     if recipe.taught and teacher is None:
         raise CoppiceError("distillation needs the dense model as the teacher: pass it, or set distill and features to 0")
+    if isinstance(data, ImageData):  # the rate goes with the images that really are in a batch
+        recipe = replace(recipe, batch_size=max(2, min(recipe.batch_size, len(data.train))))
     steps = _steps_per_epoch(data, recipe)
     facts = _resume_facts(checkpoint, recipe, seed, steps)
     x, y = _first_batch(data, recipe, device_of(model))
