@@ -33,6 +33,7 @@ class Family(NamedTuple):
 
 DEFAULT = Family("ours, default", PAPER.accent, "o")
 OTHERS = Family("ours, best other criterion", "#79b894", "s")
+BARE = Family("ours, default, layers not refitted", "#5b7fa6", "D")
 NORMS = Family("Torch-Pruning's best, BatchNorm re-estimated", PAPER.warn, "^")
 RAW = Family("Torch-Pruning's best, raw", "#e0a98a", "v")
 CONTROL = Family("random, or from scratch: the best", GREY, "x")
@@ -41,6 +42,8 @@ CONTROL = Family("random, or from scratch: the best", GREY, "x")
 def family(method: str) -> Family:
     if method == "ours, obs":
         return DEFAULT
+    if method == "ours, obs, layers not refitted":
+        return BARE
     if "random" in method or "scratch" in method:
         return CONTROL
     if method.startswith("ours"):
@@ -56,7 +59,7 @@ def draw(points: list[Point], path: Path) -> None:
     drawn, found = figure(4.4 * len(panels), 4.2, len(panels), PAPER)
     for axes, (epochs, model) in zip(found, panels, strict=True):
         here = [p for p in points if p.model == model and p.epochs == epochs and p.method != "dense"]
-        for kind in (CONTROL, RAW, NORMS, OTHERS, DEFAULT):
+        for kind in (CONTROL, RAW, NORMS, BARE, OTHERS, DEFAULT):
             _family(axes, [p for p in here if family(p.method) == kind], kind)
         for dense in (p for p in points if p.model == model and p.method == "dense"):
             axes.axhline(dense.top1, color=PAPER.ink, linewidth=0.8, linestyle="--")
