@@ -380,3 +380,28 @@ def test_a_model_that_views_a_feature_map_can_be_trained(digits):
     assert training_layout(model, torch.rand(4, 1, 8, 8), torch.arange(4)) is torch.contiguous_format
     fine_tune(model, digits, replace(SHORT, lr=0.1, augment="none"))
     assert evaluate(model, digits.test, digits.preprocess).top1 > 80
+
+
+class ScaledWhenEvaluated(nn.Module):
+    """Has a normalisation that only evaluation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scale = small_net(), nn.BatchNorm1d(10)
+
+    def forward(self, x):
+        return self.body(x) if self.training else self.scale(self.body(x))
+
+
+def test_features_of_a_validation_pass_are_not_compared_with_those_of_a_step(digits, monkeypatch):
+    student, teacher = ScaledWhenEvaluated(), ScaledWhenEvaluated()
+    compared = []
+
+    def loss(self):
+        compared.append(sorted(self._seen[0]))
+        return torch.zeros(())
+
+    monkeypatch.setattr("coppice.distillation.Features.loss", loss)
+    fine_tune(student, digits, replace(SHORT, epochs=2, features=0.5), teacher=teacher)
+    assert len(compared) > 2
+    assert all(names == ["body.1"] for names in compared)

@@ -181,6 +181,8 @@ class _Run:
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy, mixed with the divergence from the teacher's predictions, plus the distance from its features."""
         recipe = self.recipe
+        if self.features is not None:
+            self.features.clear()  # a validation pass was watched too, and may have run other layers
         z = forward(self.model, x, recipe.precision, self.layout)
         loss = F.cross_entropy(z, y, label_smoothing=recipe.label_smoothing)
         if self.teacher is None:
