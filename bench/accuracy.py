@@ -8,7 +8,7 @@ says how it is configured, and why); random choices through both; and, with epoc
 What is random (random choices; everything once it is trained) has three seeds. Intervals are of 95 %: Wilson's for one seed; for several
 the mean over seeds, with the variance between seeds and that of the test images. The table, the picture (`.svg`, accuracy against MACs) and
 the JSON are written next to each other. Rows that are in `--out` already are not done again, and `--minutes` stops before that much
-time is spent, so that it can run in pieces; `--only` names rows by a part of their name.
+time is spent, so that it can run in pieces; `--only` names rows by a regular expression.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 import tempfile
 import time
 import warnings
@@ -181,13 +182,13 @@ def methods(epochs: int) -> Iterator[tuple[str, Method, bool]]:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def work(epochs: int, cuts: tuple[float, ...], only: list[str]) -> Iterator[tuple[Row, Method]]:
+def work(epochs: int, cuts: tuple[float, ...], only: list[str], seeds: tuple[int, ...] = SEEDS) -> Iterator[tuple[Row, Method]]:
     """What identifies each row that was asked for, and its method."""
     yield {"method": "dense", "cut": 1.0, "epochs": 0, "seed": 0}, lambda bench, *_: bench.dense
     for factor in cuts:
         for name, method, drawn in methods(epochs):
-            if not only or any(part in name for part in only):
-                for seed in SEEDS if drawn or epochs else SEEDS[:1]:
+            if not only or any(re.search(part, name) for part in only):
+                for seed in seeds if drawn or epochs else seeds[:1]:
                     yield {"method": name, "cut": factor, "epochs": epochs, "seed": seed}, method
 
 
@@ -278,7 +279,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=JOBS, default=[])
     parser.add_argument("--cut", action="append", type=float, default=[])
-    parser.add_argument("--only", action="append", default=[], help="a part of the method's name, such as 'ours, obs'")
+    parser.add_argument("--only", action="append", default=[], help="a regular expression for methods' names, such as 'ours, obs$'")
+    parser.add_argument("--seed", action="append", type=int, default=[], help="of what is random; without it 0, 1 and 2")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this long")
     parser.add_argument("--round-to", type=int, default=1)
@@ -295,7 +297,7 @@ def main() -> None:
     with threads(1):
         for model in args.model or JOBS:
             bench: Bench | None = None
-            for key, method in work(args.epochs, tuple(args.cut) or CUTS, args.only):
+            for key, method in work(args.epochs, tuple(args.cut) or CUTS, args.only, tuple(args.seed) or SEEDS):
                 key = {"model": model, **key}
                 if any(key.items() <= row.items() for row in rows):
                     continue
