@@ -394,3 +394,12 @@ def test_stop_early_needs_a_floor(arguments: dict[str, str | None], tmp_path: Pa
     assert run(["prune", *line, "--stop-early"]) == 2
     assert "--max-drop" in sentence(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_modules_that_can_go_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "--model", "torchvision:resnet18", "--input", "1,3,32,32", "--modules", "--json"]) == 0
+    found = {row["name"]: row for row in json.loads(capfd.readouterr().out)["modules"]}
+    assert found["layer1.0"]["kind"] == "residual"
+    assert found["layer1.0"]["params"] == 2 * (64 * 64 * 9 + 2 * 64)
+    assert run(["inspect", "--model", "torchvision:resnet18", "--input", "1,3,32,32", "--modules"]) == 0
+    assert "modules can go" in capfd.readouterr().out

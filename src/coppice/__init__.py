@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
     from coppice.loop import Result, prune
-    from coppice.planning import Plan, remove
+    from coppice.modules import removable
+    from coppice.planning import Plan, remove, remove_modules
     from coppice.run import load
     from coppice.timing import measure
     from coppice.torch.apply import apply
@@ -37,7 +38,9 @@ _HOMES = {
     "measure": "coppice.timing",
     "plan": "coppice.allocate",
     "prune": "coppice.loop",
+    "removable": "coppice.modules",
     "remove": "coppice.planning",
+    "remove_modules": "coppice.planning",
     "repair": "coppice.torch.repair",
     "score": "coppice.criteria",
     "sensitivity": "coppice.curves",
@@ -45,8 +48,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "measure", "plan", "prune", "remove",
-    "repair", "score", "sensitivity", "verify",
+    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "measure", "plan", "prune",
+    "removable", "remove", "remove_modules", "repair", "score", "sensitivity", "verify",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import coppice
-from coppice import cli_latency
+from coppice import cli_latency, cli_modules
 from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def inspect(
     input: Input = None,
     num_classes: NumClasses = None,
     axis: Annotated[Text, typer.Option("--axis", help="show what goes with this one", metavar="NAME")] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="list the modules that can go as a whole")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the axes of a model: what is coupled, what each share of the cost is, what moves together, what is pinned and why."""
@@ -103,6 +104,9 @@ def inspect(
         raise CoppiceError(f"--input {input}: an input of that size does not fit in memory") from None
     network = load_model(model, Path(weights) if weights else None, num_classes).eval()
     coupling = couple(capture(network, (example,)))
+    if modules:
+        cli_modules.show(coupling, model, as_json)
+        return
     found = {"model": model, "input": list(shape), **inspect_axes(coupling)}
     if axis is not None:
         _print_sites(coupling, axis, as_json)

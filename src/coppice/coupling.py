@@ -32,11 +32,12 @@ KERNEL = "a kernel or image size"
 
 @dataclass(slots=True)
 class OpDims:
-    """What the oracle and surgery need of one op: operand dims summed away, whether any dim is mixed, and the letters' axes."""
+    """What the oracle and surgery need of one op: operand dims summed away, whether any dim is mixed, the letters' axes, and its cost."""
 
     contracted: list[tuple[int, int]] = field(default_factory=list)
     mixes: list[Axis] = field(default_factory=list)
     letters: dict[str, Axis] = field(default_factory=dict)
+    macs: tuple[Term, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -177,7 +178,8 @@ def couple(graph: Graph) -> Coupling:
             dims[value.id] = fixed(value.shape, "a constant made by the code")
         elif value.kind is not Kind.INTERMEDIATE:
             dims[value.id] = tuple(Axis(size) for size in value.shape)
-    infos, macs = [], []
+    infos: list[OpDims] = []
+    macs: list[Term] = []
     apart = picked_apart(graph)
     for k, op in enumerate((*graph.ops, *graph.training)):
         if k in apart:
@@ -194,7 +196,8 @@ def couple(graph: Graph) -> Coupling:
             dims[out] = axes
         infos.append(info)
         if len(infos) <= len(graph.ops):
-            macs += [Term("macs", tuple(p), 1, graph.batch) for p in products]
+            info.macs = tuple(Term("macs", tuple(p), 1, graph.batch) for p in products)
+            macs += info.macs
     for v in (*graph.outputs, *graph.training_outputs):
         for axis in _given(dims, graph, v):
             pin(axis, "model output")

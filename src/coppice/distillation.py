@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from coppice.errors import CoppiceError
 from coppice.planning import Plan
+from coppice.torch.apply import masks_of
 
 _TINY = 1e-12
 
@@ -35,7 +36,7 @@ class Features:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, plan: Plan | None) -> None:
-        masks = {} if plan is None else plan.changed()
+        masks = {} if plan is None else masks_of(teacher, plan)
         names = _compared(student, teacher)
         if not names:
             raise CoppiceError("the model has no layers whose features can be compared with the dense model's: set features to 0")

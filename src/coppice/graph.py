@@ -50,12 +50,28 @@ class Op:
     call: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """One call of a user's module: ops ``first`` to ``last`` - 1 ran in it.
+
+    ``inputs``: the positional arguments, value ids of tensors (None: no tensor); ``outputs``: what it returned, alike; ``bare``: one tensor
+    and no collection of them.
+    """
+
+    path: str
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+    bare: bool
+    first: int
+    last: int
+
+
 @dataclass(slots=True)
 class Graph:
     """A forward pass, in execution order. ``inputs`` and ``outputs`` are value ids; ``batch`` is the batch size it was recorded with.
 
     ``training`` and ``training_outputs``: the pass in training mode, recorded where it reads parameters that evaluation does not (auxiliary
-    heads). It couples axes; it counts, and is replayed, nowhere.
+    heads). It couples axes; it counts, and is replayed, nowhere. ``calls``: the modules that ran in ``ops``, innermost first.
     """
 
     values: list[Value]
@@ -66,6 +82,7 @@ class Graph:
     origin: Any = None
     training: list[Op] = field(default_factory=list)
     training_outputs: tuple[int, ...] = ()
+    calls: list[ModuleCall] = field(default_factory=list)
 
     def shape(self, value: int) -> tuple[int, ...]:
         return self.values[value].shape

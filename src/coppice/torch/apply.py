@@ -4,25 +4,55 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coppice.coupling import Mask
 from coppice.errors import CoppiceError
-from coppice.planning import Plan
+from coppice.planning import Plan, Removal
+from coppice.torch.stand_ins import stand_in
 from coppice.torch.trees import copied, hears_of_its_mode, modules_of, named_tensors, without_collection
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of ``model`` without the indices that ``plan`` removes: parameters, buffers, and the attributes that hold sizes.
+    """A copy of ``model`` without the modules and indices that ``plan`` removes: parameters, buffers, and the attributes that hold sizes.
 
     Kept values are copied bit for bit; ``requires_grad``, dtype, device and tied parameters stay as they are.
     CoppiceError where the plan belongs to another model.
     """
-    return _edited_copy(model, plan, lambda tensor, masks: sliced(tensor, masks) if masks else None)
+    for cut in plan.cuts:
+        if cut.removed is not None:
+            model = without_modules(model, cut.removed)
+        if cut.removed is None or cut.axes:
+            model = _edited_copy(model, cut.changed(), cut.tensors, cut.attributes)
+    return model
+
+
+def without_modules(model: nn.Module, removed: Removal) -> nn.Module:
+    """A copy of ``model`` whose modules and columns are as ``removed`` says."""
+    paths = dict(modules_of(model))
+    for path in (*(edit.path for edit in removed.edits), *removed.attributes):
+        if path not in paths:
+            raise CoppiceError(
+                f"the plan names the module {path}, which this model does not have; give the model that the plan was made for"
+            )
+    masks = {}
+    for name, tensor in named_tensors(model).items():
+        found = removed.masks(name)
+        if found:
+            masks[name] = [found.get(dim, np.ones(size, bool)) for dim, size in enumerate(tensor.shape)]
+    shallow = _edited_copy(model, masks, removed.columns, removed.attributes)
+    for edit in removed.edits:
+        parent, _, name = edit.path.rpartition(".")
+        module = shallow.get_submodule(edit.path)
+        made = stand_in(module, edit.becomes, dict(edit.options))
+        made.training = module.training
+        setattr(shallow.get_submodule(parent), name, made)
+    return shallow
 
 
 def build(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:
@@ -60,10 +90,13 @@ def slice_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, pr
     ``load_state_dict``. The new optimiser must be made over the same parameters in the same order.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    changed = plan.changed()
+    changed = masks_of(model, plan)
     state = copy.deepcopy(optimizer.state_dict())
     order = [p for group in optimizer.param_groups for p in group["params"]]
     sizes = dict(pruned.named_parameters())
+    if plan.modules:
+        _leave_out(state, [k for k, p in enumerate(order) if names.get(id(p), "") not in sizes])
+        order = [p for p in order if names.get(id(p), "") in sizes]
     for index, parameter in enumerate(order):
         name = names.get(id(parameter), "")
         if name not in changed or index not in state["state"]:
@@ -79,11 +112,44 @@ def slice_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, pr
     return state
 
 
-def _edited_copy(model: nn.Module, plan: Plan, edit: Callable[[Tensor, list[Mask] | None], Tensor | None]) -> nn.Module:
-    """A deep copy in which every parameter and buffer is what ``edit`` makes of it (None: an ordinary copy)."""
-    changed = plan.changed()
+def _leave_out(state: dict[str, Any], gone: list[int]) -> None:
+    """Take the parameters of these numbers out of an optimiser's state, and number the others anew."""
+    count = sum(len(group["params"]) for group in state["param_groups"])
+    number = {old: new for new, old in enumerate(k for k in range(count) if k not in set(gone))}
+    state["state"] = {number[k]: slots for k, slots in state["state"].items() if k in number}
+    for group in state["param_groups"]:
+        group["params"] = [number[k] for k in group["params"] if k in number]
+
+
+def masks_of(model: nn.Module, plan: Plan) -> dict[str, list[Mask]]:
+    """The masks of every tensor of the dense ``model`` that stays and loses something, by all cuts of ``plan``."""
+    found: dict[str, list[Mask]] = {}
     tensors = named_tensors(model)
-    for name in plan.tensors:
+    for cut in plan.cuts:
+        columns = {} if cut.removed is None else {name: cut.removed.masks(name) for name in cut.removed.columns}
+        narrowed = cut.changed()
+        for name in {*columns, *narrowed} & {name for name in tensors if plan.stays(name)}:
+            masks = found.setdefault(name, [np.ones(size, bool) for size in tensors[name].shape])
+            for dim, mask in columns.get(name, {}).items():
+                masks[dim] = _and_then(masks[dim], mask)
+            for dim, mask in enumerate(narrowed.get(name, ())):
+                masks[dim] = _and_then(masks[dim], mask)
+    return found
+
+
+def _and_then(first: Mask, second: Mask) -> Mask:
+    """Which indices stay when ``second`` is about those that ``first`` kept."""
+    both: Mask = first.copy()
+    both[first] = second
+    return both
+
+
+def _edited_copy(
+    model: nn.Module, changed: Mapping[str, list[Mask]], named: Iterable[str], attributes: Mapping[str, Mapping[str, int | list[int]]]
+) -> nn.Module:
+    """A deep copy in which the tensors that ``changed`` has are cut by its masks, and attributes set; ``named`` must all be there."""
+    tensors = named_tensors(model)
+    for name in named:
         if name not in tensors:
             raise CoppiceError(f"the plan names {name}, which this model does not have; give the model that the plan was made for")
     memo: dict[int, Any] = {}
@@ -95,8 +161,8 @@ def _edited_copy(model: nn.Module, plan: Plan, edit: Callable[[Tensor, list[Mask
                     f"the plan was made for {name} of shape {tuple(m.size for m in masks)}, this model's is {tuple(tensor.shape)}; "
                     "give the model that the plan was made for"
                 )
-            edited = edit(tensor, masks)
-            if edited is not None:
+            if masks is not None:
+                edited = sliced(tensor, masks)
                 same = nn.Parameter(edited, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else edited
                 memo[id(tensor)] = same
     with without_collection():
@@ -107,7 +173,7 @@ def _edited_copy(model: nn.Module, plan: Plan, edit: Callable[[Tensor, list[Mask
         pruned.train(pruned.training)
         for module, was in flags:
             module.training = was
-    for path, values in plan.attributes.items():
+    for path, values in attributes.items():
         module = pruned.get_submodule(path)
         for attribute, value in values.items():
             set_size(module, attribute, value)

@@ -76,7 +76,26 @@ def _conv(c: Call) -> Translation:
     kernel = c["weight"].shape[2:]
     pointwise = {*kernel, *c["stride"]} == {1} and set(c["padding"]) == {0}  # each place for itself
     rule = "conv_transpose" if c["transposed"] else "pointwise_conv" if pointwise else "conv"
-    return rule, [c["input"], c["weight"], c["bias"]], {"sizes": {"g": c["groups"]}}
+    window = {name: _each_dim(c[name], len(kernel)) for name in ("stride", "padding", "dilation")}
+    return rule, [c["input"], c["weight"], c["bias"]], {"sizes": {"g": c["groups"]}, "window": window}
+
+
+def _each_dim(sizes: Any, dims: int) -> tuple[int, ...]:
+    return tuple(sizes) * (dims if len(sizes) == 1 else 1)
+
+
+def _pool(c: Call) -> Translation:
+    """``window`` as of a convolution, None where sizes are rounded up; ``picks``: each result is one of the inputs."""
+    kernel = _each_dim(c["kernel_size"], 2)
+    window = {
+        "kernel": kernel, "stride": _each_dim(c["stride"] or kernel, 2), "padding": _each_dim(c["padding"], 2),
+        "dilation": _each_dim(c.args.get("dilation") or [1], 2),
+    }  # fmt: skip
+    return (
+        "spatial2d",
+        [c["self"]],
+        {"function": "pool", "window": None if c["ceil_mode"] else window, "picks": "count_include_pad" not in c.args},
+    )
 
 
 def _addmm(c: Call) -> Translation:
@@ -245,7 +264,7 @@ def _batch_norm(c: Call) -> Translation:
     operands = [c["input"], c["weight"], c["bias"], c.args.get("running_mean"), c.args.get("running_var")]
     if c.args.get("training", False):
         return "batch_statistics", operands, {"rank": len(c.x.shape)}
-    return "batch_norm", operands, {}
+    return "batch_norm", operands, {"eps": c.args.get("eps", c.args.get("epsilon"))}
 
 
 LSTM_MODE = 2  # of cuDNN's numbering
@@ -286,10 +305,11 @@ TABLE: Table = {
     **_each("grid_sampler_2d grid_sampler_3d", _on("grid_sample", "input", "grid")),
     **_each("roi_align", _on("roi_align", "input", "rois")),
     **_each(
-        "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
+        "_adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
         "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
         lambda c: ("spatial2d", [c.x], {}),
     ),
+    **_each("max_pool2d_with_indices avg_pool2d", _pool),
     **_each(
         "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d",
         lambda c: ("spatial3d", [c.x], {}),
@@ -357,6 +377,17 @@ def base_name(func: Any) -> str:
     return str(func._schema.name.partition("::")[2].removesuffix("_"))
 
 
+def _function(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """What the core knows of a pointwise op beyond its shape: ``clip`` is one that changes nothing when applied again."""
+    if name == "add" and args.get("alpha", 1) == 1 and isinstance(args.get("other"), Ref):
+        return {"function": "add"}
+    if name == "mul" and isinstance(args.get("other"), Ref):
+        return {"function": "multiply"}
+    if name in ("relu", "hardtanh", "clamp"):
+        return {"function": "clip", "bounds": (name, *(args.get(k) for k in ("min_val", "max_val", "min", "max")))}
+    return {"function": "gate"} if name in ("sigmoid", "hardsigmoid") else {}
+
+
 @cache
 def _signature(func: Any) -> tuple[tuple[str, Any], ...]:
     """The arguments' names and defaults (None where there is none)."""
@@ -376,5 +407,5 @@ def translate(func: Any, call: Call) -> Translation:
         return line(call)
     operands = list(refs_in(list(call.args.values())))
     if is_pointwise(func):
-        return "pointwise", list(operands), {}
+        return "pointwise", list(operands), _function(base_name(func), call.args)
     return "unknown", list(operands), {"reason": f"no rule for {func._schema.name.replace('::', '.')}"}

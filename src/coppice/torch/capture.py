@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
-from coppice.graph import Graph, Kind, Op, Value
+from coppice.graph import Graph, Kind, ModuleCall, Op, Value
 from coppice.torch import shapes
 from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, refs_in, translate
 from coppice.torch.decisions import Decision, decide, decides
@@ -159,6 +159,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
+        self.calls: list[ModuleCall] = []
         self.constants: dict[int, Tensor] = {}
         self.stack: list[str] = [""]
         known: dict[int, _Known] = {}
@@ -209,6 +210,16 @@ class Recorder(TorchDispatchMode):
             self.constants[known.id] = tensor.detach().clone()
             self._keep.append(tensor)
         return known
+
+    def note_call(self, path: str, args: tuple[Any, ...], output: Any, first: int) -> None:
+        """A module has run, from op ``first`` on."""
+        returned = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+        inputs, outputs = (tuple([self._id(leaf) for leaf in some]) for some in (args, returned))
+        self.calls.append(ModuleCall(path, inputs, outputs, isinstance(output, Tensor), first, len(self.ops)))
+
+    def _id(self, leaf: Any) -> int | None:
+        known = self._seen(leaf) if isinstance(leaf, Tensor) else None
+        return None if known is None else known.id
 
     def _refs(self, leaf: Any) -> Any:
         """``mapped(self.ref, leaf)``, which leaves what is no tensor."""
@@ -291,15 +302,19 @@ def says_nothing(name: str, args: tuple[Any, ...]) -> bool:
 
 
 @contextmanager
-def tracking_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the path of the module that is running on top of ``stack``."""
+def tracking_modules(model: nn.Module, stack: list[str], recorder: Recorder | None = None) -> Iterator[None]:
+    """Keep the path of the module that is running on top of ``stack``; ``recorder`` is told of every call of one."""
     paths = {id(module): path for path, module in reversed(modules_of(model))}
+    began: list[int] = []
 
     def enter(module: nn.Module, _: Any) -> None:
         stack.append(paths.get(id(module), stack[-1]))
+        began.append(len(recorder.ops) if recorder is not None else 0)
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        stack.pop()
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        path, first = stack.pop(), began.pop()
+        if recorder is not None and id(module) in paths:
+            recorder.note_call(path, args, output, first)
 
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(enter),
@@ -374,7 +389,7 @@ def record(
     with quiet_eval(model, training), default_double() if double else nullcontext():
         recorder = Recorder(model, inputs, on_op, decisions, double)
         try:
-            with tracking_modules(model, recorder.stack), recorder:
+            with tracking_modules(model, recorder.stack, recorder), recorder:
                 return recorder, model(*inputs), None
         except Exception as error:  # user code may raise anything at all; every caller looks at what came back
             return recorder, None, error
@@ -399,7 +414,7 @@ def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...], values: bool = F
     first = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
     batch = int(first.shape[0]) if first is not None and first.dim() > 3 else 1
     origin = Origin(model, inputs, recorder.constants, ran)
-    graph = Graph(recorder.values, recorder.ops, recorder.input_ids, outputs, batch, origin)
+    graph = Graph(recorder.values, recorder.ops, recorder.input_ids, outputs, batch, origin, calls=recorder.calls)
     read = {r.id for op in recorder.ops for r in leaves(Ref, (op.call.args, op.call.kwargs))}
     if any(v.kind is Kind.PARAMETER and v.id not in read for v in graph.values):
         add_training(graph, model, inputs)

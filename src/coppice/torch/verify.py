@@ -50,10 +50,15 @@ def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) 
     """Compare ``pruned`` with what ``plan`` makes of ``model``, before any fine-tuning. VerificationError names the op, module and axes.
 
     The two run twice: with their own weights, and with the same random weights put in both, since trained (or zero-initialised) weights can
-    hide a mistake.
+    hide a mistake. A plan that removes modules is verified cut by cut, each first without its modules, then at its widths.
     """
     start = time.perf_counter()
-    checked = [_check_tensors(model, pruned, plan)]
+    if plan.removed is not None or plan.then is not None:
+        from coppice.torch.depth import verify_cuts
+
+        error, checked_cuts, detour = verify_cuts(model, pruned, coupling, plan)
+        return Verification(error, checked_cuts, time.perf_counter() - start, detour)
+    checked = [check_tensors(model, pruned, plan)]
     keep = masks_by_atom(coupling, plan)
     worst, detour = 0.0, None
     for weights in ("its own", "random"):
@@ -88,10 +93,18 @@ def _check_own_decisions(pruned: nn.Module, coupling: Coupling) -> None:
 
 
 def _randomise(dense: nn.Module, small: nn.Module, plan: Plan) -> None:
-    """The same random weights in both: scaled by fan-in, positive where there is one a channel (a variance must be)."""
-    generator = torch.Generator().manual_seed(0)
+    """The same random weights in both."""
+    randomise(dense)
     changed = plan.changed()
     tensors = named_tensors(small)
+    for name, tensor in named_tensors(dense).items():
+        masks = changed.get(name)
+        tensors[name].data.copy_(sliced(tensor, masks) if masks else tensor)
+
+
+def randomise(dense: nn.Module) -> None:
+    """Random weights: scaled by fan-in, positive where there is one a channel (a variance must be)."""
+    generator = torch.Generator().manual_seed(0)
     done: set[int] = set()
     buffers = {name for name, _ in dense.named_buffers()}
     for name, tensor in named_tensors(dense).items():
@@ -101,11 +114,9 @@ def _randomise(dense: nn.Module, small: nn.Module, plan: Plan) -> None:
         noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
         fan_in = max(1, tensor[0].numel()) if tensor.dim() > 1 else 0
         tensor.data.copy_((noise - 0.45) * (3.0 / fan_in) ** 0.5 if fan_in else 0.5 + noise)
-        masks = changed.get(name)
-        tensors[name].data.copy_(sliced(tensor, masks) if masks else tensor)
 
 
-def _check_tensors(model: nn.Module, pruned: nn.Module, plan: Plan) -> str:
+def check_tensors(model: nn.Module, pruned: nn.Module, plan: Plan) -> str:
     """Every tensor is the dense one's kept part, bit for bit."""
     dense, small = named_tensors(model), named_tensors(pruned)
     changed = plan.changed()
@@ -136,7 +147,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
+def same_draws() -> Iterator[None]:
     """Code that draws random numbers draws the same ones each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -159,7 +170,7 @@ class _Comparison:
         pairs = self._paired(recorder)
         have = {id(t): t for t in tree_flatten(output)[0] if isinstance(t, Tensor)}.values()
         try:
-            with _same_draws():
+            with same_draws():
                 want = self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()})
         except RuntimeError as error:
             raise VerificationError(f"the oracle can't be computed, so nothing proves this plan right: {error}") from error
@@ -176,7 +187,7 @@ class _Comparison:
 
     def _record(self, on_op: OnOp | None = None) -> tuple[Recorder, Any]:
         decisions = [Decision(d.op, in_double(d.answer)) for d in decisions_of(self.coupling.graph)]
-        with _same_draws():
+        with same_draws():
             recorder, output, error = record(self.small, in_double(self.coupling.graph.origin.inputs), on_op, decisions, double=True)
         if error is not None:
             dense, small = self._steps(recorder)
@@ -224,7 +235,7 @@ class _Comparison:
             if ours is not None and outs and not wrong and not relative_error(ours, outs[0]) <= TOLERANCE:
                 wrong.append(k)
 
-        with _same_draws():
+        with same_draws():
             self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items() if j < len(recorder.ops)}, watch)
         if not wrong:
             return "none: the outputs are put together differently"
