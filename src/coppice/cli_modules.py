@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from coppice.coupling import Coupling
-    from coppice.modules import Removable
+    from coppice.removals import Removable
 
 
 def show(coupling: Coupling, model: str, as_json: bool) -> None:
@@ -28,7 +28,7 @@ def _print(found: list[Removable], macs: int, params: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from coppice.modules import KINDS
+    from coppice.removals import KINDS
 
     table = Table(box=None, header_style="bold")
     table.add_column("module", overflow="fold")

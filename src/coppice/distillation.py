@@ -37,7 +37,7 @@ class Features:
 
     def __init__(self, student: nn.Module, teacher: nn.Module, plan: Plan | None) -> None:
         masks = {} if plan is None else masks_of(teacher, plan)
-        names = _compared(student, teacher)
+        names = [n for n in _compared(student, teacher) if plan is None or plan.stays(f"{n}.weight")]
         if not names:
             raise CoppiceError("the model has no layers whose features can be compared with the dense model's: set features to 0")
         self._models = (student, teacher)

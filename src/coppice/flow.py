@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 
 from coppice.graph import Graph, Kind
@@ -22,7 +23,15 @@ class Constant(Enum):
     NOTHING = "nothing"
 
 
-Source = int | Constant
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """Every so many-th place of a version, in each of its last dims."""
+
+    version: int
+    steps: tuple[int, ...]
+
+
+Source = int | Constant | Strided
 
 
 class Flow:
@@ -85,12 +94,17 @@ class Flow:
             source = substitutes[version]
             if isinstance(source, Constant):
                 return ()
-            version = source
+            version = source.version if isinstance(source, Strided) else source
         return (version,)
 
     def dead(self, substitutes: Mapping[int, Source]) -> frozenset[int]:
         """The ops that nothing needs any more where versions are replaced."""
         return self._everything - self.live(substitutes)
+
+    def only_use(self, version: int) -> int | None:
+        """The one op that reads ``version``; None where there are others, or it is an output."""
+        uses = self.uses[version]
+        return uses[0] if len(uses) == 1 and version not in self.outputs else None
 
     def entries(self, ops: frozenset[int]) -> frozenset[int]:
         """The versions that come into ``ops`` from outside, weights left out."""

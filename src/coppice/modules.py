@@ -12,7 +12,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from coppice.axes import Axis, atoms, find
@@ -20,71 +20,20 @@ from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.flow import Constant, Flow, Source
 from coppice.graph import Kind, ModuleCall, Op
+from coppice.merges import merges
+from coppice.pools import pools
+from coppice.removals import Edit, Removable, leaves_something
 
 ATTENTION = ("attention", "bmm")
 PRODUCTS = ("conv", "pointwise_conv", "conv_transpose", "mm", "bmm", "attention", "lstm")  # rules of what is worth removing
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """The module at ``path`` becomes another: ``becomes`` names it (``coppice.torch.stand_ins``), ``options`` is plain data."""
-
-    path: str
-    becomes: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Removable:
-    """A module that can go. ``kind``: a word of ``KINDS``; ``dead``: the ops that go; ``emptied``: the axes that go as a whole.
-
-    ``macs`` of one sample and ``params`` are what the removal saves; ``attributes``: what other modules are set to.
-    """
-
-    name: str
-    kind: str
-    substitutes: Mapping[int, Source]
-    dead: frozenset[int]
-    edits: tuple[Edit, ...]
-    macs: int
-    params: int
-    emptied: tuple[Axis, ...] = ()
-    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-KINDS = {
-    "residual": "a branch beside a shortcut, which stays",
-    "attention": "the attention half of a transformer block",
-    "mlp": "the MLP half of a transformer block",
-    "layer": "layers that give what they are given, in shape",
-    "branch": "a branch that ends in a concat, with the columns that read it",
-    "gate": "a gate that multiplies a tensor, such as squeeze-and-excitation",
-}
-
-
 def removable(coupling: Coupling) -> list[Removable]:
     """Every module that can go, in the order of the forward pass; each is a candidate by itself, with a name of its own."""
-    return _named(_Search(coupling).found())
+    return _named(Finder(coupling).found())
 
 
-def clash(one: Removable, other: Removable) -> str | None:
-    """Why two candidates can't both go; None where they can."""
-    paths = [[edit.path for edit in c.edits] for c in (one, other)]
-    if any(a == b or a.startswith(b + ".") or b.startswith(a + ".") for a in paths[0] for b in paths[1]):
-        return "one lies in the other"
-    if one.substitutes.keys() & other.substitutes.keys() or not one.dead.isdisjoint(other.dead):
-        return "they share some of what goes"
-    return None
-
-
-def leaves_something(coupling: Coupling, emptied: Iterable[Axis], dead: frozenset[int]) -> bool:
-    """Whether every value that is still computed keeps an index of each of its dims."""
-    without = dict.fromkeys(emptied, 0)
-    live = (v for k, op in enumerate(coupling.graph.ops) if k not in dead for v in op.outputs)
-    return all(width(axis, without) for v in live for axis in coupling.dims[v] if find(axis).size)
-
-
-class _Search:
+class Finder:
     """Looks for candidates in one graph."""
 
     def __init__(self, coupling: Coupling) -> None:
@@ -93,13 +42,15 @@ class _Search:
         times = Counter(call.path for call in self.graph.calls)
         self.calls = [call for call in self.graph.calls if call.path and times[call.path] == 1]
         self.calls.sort(key=lambda call: (call.first - call.last, len(call.path)))  # outermost first
+        self.sizes = {n: math.prod(v.shape) for v in self.graph.weights() for n in v.names if v.kind is Kind.PARAMETER}
         self.tied = {find(axis) for tie in coupling.ties for axis in tie}
-        self._seen: set[frozenset[tuple[int, Source]]] = set()
+        self.seen: set[frozenset[tuple[int, Source]]] = set()
 
     def found(self) -> list[Removable]:
         found = [c for k, op in enumerate(self.graph.ops) for c in self._at(k, op) if c is not None]
         found += [c for call in self.calls if (c := self._layer(call)) is not None]
-        return sorted(found, key=lambda c: (min(c.dead), -len(c.dead)))
+        found += [*pools(self), *merges(self)]
+        return sorted(found, key=lambda c: (c.at, -len(c.dead)))
 
     def _at(self, k: int, op: Op) -> Iterator[Removable | None]:
         function = op.attrs.get("function")
@@ -122,7 +73,7 @@ class _Search:
             if stays == goes or self.flow.shape(stays) != self.flow.shape(total) or not self._is_worth(dead[goes]):
                 continue
             begins = self.flow.entries(dead[goes])
-            twin = begins == self.flow.entries(dead[stays]) and self._macs(dead[goes]) > self._macs(dead[stays])
+            twin = begins == self.flow.entries(dead[stays]) and self.macs(dead[goes]) > self.macs(dead[stays])
             if stays in begins or twin:
                 yield self._sum_without(k, stays, goes)
 
@@ -130,25 +81,25 @@ class _Search:
         total = self.flow.writes[k][0]
         clipped = self._clipped_alike(total, stays)
         for target in (clipped, total):
-            if target is not None and (edit := self._passing(target, stays, self.flow.dead({target: stays}))) is not None:
-                return self._candidate({target: stays}, [edit], self._what(self.flow.dead({total: stays})))
+            if target is not None and (edit := self.passing(target, stays, self.flow.dead({target: stays}))) is not None:
+                return self.candidate({target: stays}, [edit], self._what(self.flow.dead({total: stays})))
         dead = self.flow.dead({total: stays})
         owner = next((call for call in self.calls if call.path == self.graph.ops[k].module), None)
         if owner is not None and (edit := self._chain(owner, {total: stays}, dead)) is not None:
-            return self._candidate({total: stays}, [edit], self._what(dead), owner.path)
+            return self.candidate({total: stays}, [edit], self._what(dead), owner.path)
         if self.flow.value[total] == self.flow.value[goes]:
             return None  # the code adds in place: a zero that broadcasts can't hold the sum
-        edit = self._constant(self._behind_products(goes), Constant.ZERO, dead)
-        return None if edit is None else self._candidate({total: stays}, [edit], self._what(dead), self.graph.ops[k].module)
+        edit = self.constant(self._behind_products(goes), Constant.ZERO, dead)
+        return None if edit is None else self.candidate({total: stays}, [edit], self._what(dead), self.graph.ops[k].module)
 
     def _clipped_alike(self, total: int, stays: int) -> int | None:
         """What an activation makes of ``total``, if nothing else reads that, and ``stays`` went through such a one before."""
         uses = self.flow.uses[total]
         if len(uses) != 1 or self.graph.ops[uses[0]].attrs.get("function") != "clip":
             return None
-        return self.flow.writes[uses[0]][0] if self._is_clipped(stays, self.graph.ops[uses[0]].attrs["bounds"]) else None
+        return self.flow.writes[uses[0]][0] if self.is_clipped(stays, self.graph.ops[uses[0]].attrs["bounds"]) else None
 
-    def _is_clipped(self, version: int, bounds: tuple[Any, ...]) -> bool:
+    def is_clipped(self, version: int, bounds: tuple[Any, ...]) -> bool:
         """Whether clipping changes nothing: the values were so clipped, and at most picked or moved since."""
         made_by = self.flow.made_by[version]
         while made_by is not None:
@@ -187,11 +138,11 @@ class _Search:
             dead = self.flow.dead({total: stays})
             is_gate = made_by is not None and self.graph.ops[made_by].attrs.get("function") == "gate"
             if is_gate and self._is_worth(dead) and stays in self.flow.entries(dead):
-                edit = self._passing(total, stays, dead)
+                edit = self.passing(total, stays, dead)
                 if edit is not None:
-                    yield self._candidate({total: stays}, [edit], "gate")
-                elif (edit := self._constant(gate, Constant.ONE, dead)) is not None:
-                    yield self._candidate({total: stays}, [edit], "gate", self.graph.ops[k].module)
+                    yield self.candidate({total: stays}, [edit], "gate")
+                elif (edit := self.constant(gate, Constant.ONE, dead)) is not None:
+                    yield self.candidate({total: stays}, [edit], "gate", self.graph.ops[k].module)
 
     def _branches(self, k: int) -> Iterator[Removable | None]:
         """A part of a concat that nothing but concats read goes, with the columns of all that reads these."""
@@ -207,8 +158,8 @@ class _Search:
             dead = self.flow.dead({version: Constant.NOTHING})
             emptied = tuple(dict.fromkeys(atoms(self.coupling.dims[self.flow.value[version]][dim])))
             if self._is_worth(dead) and self._can_empty(emptied, dead):
-                edit = self._constant(version, Constant.NOTHING, dead)
-                yield None if edit is None else self._candidate({version: Constant.NOTHING}, [edit], "branch", emptied=emptied)
+                edit = self.constant(version, Constant.NOTHING, dead)
+                yield None if edit is None else self.candidate({version: Constant.NOTHING}, [edit], "branch", emptied=emptied)
 
     def _can_empty(self, emptied: tuple[Axis, ...], dead: frozenset[int]) -> bool:
         """Whether nothing else would be left without any index."""
@@ -225,23 +176,23 @@ class _Search:
             return None
         dead = self.flow.dead({after: before})
         inside = all(call.first <= k < call.last for k in dead)
-        edit = self._passing(after, before, dead) if inside and self._is_worth(dead) else None
-        return None if edit is None else self._candidate({after: before}, [edit], "layer")
+        edit = self.passing(after, before, dead) if inside and self._is_worth(dead) else None
+        return None if edit is None else self.candidate({after: before}, [edit], "layer")
 
     # --- how the code does without it -------------------------------------------------------------------------------
 
-    def _passing(self, target: int, source: int, dead: frozenset[int]) -> Edit | None:
+    def passing(self, target: int, source: int, dead: frozenset[int]) -> Edit | None:
         """The outermost module that gives ``target`` and is given ``source``, as one that passes that on."""
         for call in self.calls:
-            if call.bare and self._gives(call, target) and self._is_dead(call, dead):
+            if call.bare and self.gives(call, target) and self.is_dead(call, dead):
                 given = [self.flow.at(v, call.first) for v in call.inputs]
                 if source in given:
-                    return _pass_on(call, given.index(source))
+                    return pass_on(call, given.index(source))
         return None
 
-    def _constant(self, target: int, constant: Constant, dead: frozenset[int]) -> Edit | None:
+    def constant(self, target: int, constant: Constant, dead: frozenset[int]) -> Edit | None:
         """The outermost module that gives ``target``, as one that answers a constant."""
-        call = next((c for c in self.calls if c.bare and self._gives(c, target) and self._is_dead(c, dead)), None)
+        call = next((c for c in self.calls if c.bare and self.gives(c, target) and self.is_dead(c, dead)), None)
         return None if call is None else Edit(call.path, constant.value, {"dims": len(self.flow.shape(target))})
 
     def _chain(self, owner: ModuleCall, substitutes: Mapping[int, Source], dead: frozenset[int]) -> Edit | None:
@@ -252,42 +203,42 @@ class _Search:
         now, k = self.flow.at(owner.inputs[0], owner.first), owner.first
         inside = [c for c in self.graph.calls if c.path.startswith(owner.path + ".") and c.bare and len(c.inputs) == 1]
         while k < owner.last:
-            if k in dead or self._writes_unread(k):
+            if k in dead or self.writes_unread(k):
                 k += 1
                 continue
-            within = [c for c in inside if c.first <= k < c.last and self._resolved(self.flow.at(c.inputs[0], c.first), substitutes) == now]
+            within = [c for c in inside if c.first <= k < c.last and self.resolved(self.flow.at(c.inputs[0], c.first), substitutes) == now]
             if not within:
                 return None
             step = max(within, key=lambda c: (c.last - c.first, -len(c.path)))
             steps.append(step.path[len(owner.path) + 1 :])
             now, k = self.flow.at(step.outputs[0], step.last), step.last
-        ends = self._resolved(self.flow.at(owner.outputs[0], owner.last), substitutes)
+        ends = self.resolved(self.flow.at(owner.outputs[0], owner.last), substitutes)
         return Edit(owner.path, "chain", {"steps": steps}) if steps and ends == now else None
 
     @staticmethod
-    def _resolved(version: int | None, substitutes: Mapping[int, Source]) -> Source | None:
+    def resolved(version: int | None, substitutes: Mapping[int, Source]) -> Source | None:
         while version is not None and version in substitutes:
             source = substitutes[version]
-            if isinstance(source, Constant):
+            if not isinstance(source, int):
                 return source
             version = source
         return version
 
-    def _gives(self, call: ModuleCall, version: int) -> bool:
+    def gives(self, call: ModuleCall, version: int) -> bool:
         return self.flow.at(call.outputs[0], call.last) == version
 
-    def _is_dead(self, call: ModuleCall, dead: frozenset[int]) -> bool:
-        return all(k in dead or not self.flow.writes[k] or self._writes_unread(k) for k in range(call.first, call.last))
+    def is_dead(self, call: ModuleCall, dead: frozenset[int]) -> bool:
+        return all(k in dead or not self.flow.writes[k] or self.writes_unread(k) for k in range(call.first, call.last))
 
-    def _writes_unread(self, k: int) -> bool:
+    def writes_unread(self, k: int) -> bool:
         return not any(self.flow.uses[v] or v in self.flow.outputs for v in self.flow.writes[k])
 
-    def _candidate(
+    def candidate(
         self, substitutes: dict[int, Source], edits: list[Edit], kind: str, owner: str | None = None, emptied: tuple[Axis, ...] = ()
     ) -> Removable | None:
         """The candidate, with all other modules that only the removed ones need out of the way; None where some product stays."""
         key = frozenset(substitutes.items())
-        if key in self._seen:
+        if key in self.seen:
             return None
         dead = self.flow.dead(substitutes)
         covered = {k for call in self.calls for e in edits if e.path == call.path for k in range(call.first, call.last)}
@@ -295,15 +246,15 @@ class _Search:
             inside = any(e.path == call.path or call.path.startswith(e.path + ".") for e in edits)
             around = any(e.path.startswith(call.path + ".") for e in edits)
             ops = range(call.first, call.last)
-            if not inside and not around and call.inputs and self._is_dead(call, dead) and self._has_weights(ops):
-                edits.append(_pass_on(call, 0))
+            if not inside and not around and call.inputs and self.is_dead(call, dead) and self.has_weights(ops):
+                edits.append(pass_on(call, 0))
                 covered.update(ops)
-        if any(self.graph.ops[k].rule in PRODUCTS for k in dead - covered if self._has_weights([k])):
+        if any(self.graph.ops[k].rule in PRODUCTS for k in dead - covered if self.has_weights([k])):
             return None
-        self._seen.add(key)
+        self.seen.add(key)
         name = edits[0].path if owner is None else f"{owner}:{kind}" if owner else kind
         macs, params = self._saved(dead, emptied)
-        return Removable(name, kind, substitutes, dead, tuple(edits), macs, params, emptied)
+        return Removable(name, kind, substitutes, dead, tuple(edits), macs, params, min(dead), emptied)
 
     def _saved(self, dead: frozenset[int], emptied: tuple[Axis, ...]) -> tuple[int, int]:
         """MACs and parameters of the ops that go, and of the columns that go elsewhere."""
@@ -314,9 +265,9 @@ class _Search:
             if value.kind is Kind.PARAMETER:
                 stays = 0 if value.id in gone else math.prod(width(axis, without) for axis in self.coupling.dims[value.id])
                 params += math.prod(value.shape) - stays
-        return self._macs(dead) + columns, params
+        return self.macs(dead) + columns, params
 
-    def _has_weights(self, ops: Iterable[int]) -> bool:
+    def has_weights(self, ops: Iterable[int]) -> bool:
         kinds = (Kind.PARAMETER, Kind.BUFFER)
         return any(self.graph.values[self.flow.value[v]].kind in kinds for k in ops for v in self.flow.reads[k])
 
@@ -324,11 +275,11 @@ class _Search:
         """Whether a product with a weight goes."""
         return any(self.graph.ops[k].rule in PRODUCTS for k in dead)
 
-    def _macs(self, dead: frozenset[int]) -> int:
+    def macs(self, dead: frozenset[int]) -> int:
         return sum(term.evaluate({}) for k in dead for term in self.coupling.ops[k].macs)
 
 
-def _pass_on(call: ModuleCall, argument: int) -> Edit:
+def pass_on(call: ModuleCall, argument: int) -> Edit:
     """``call``'s module as one that passes on an argument, in what the module used to answer."""
     if call.bare and len(call.inputs) == 1:
         return Edit(call.path, "identity")

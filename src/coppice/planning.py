@@ -23,7 +23,8 @@ from coppice.coupling import Coupling, Mask, describe, keep_mask
 from coppice.errors import CoppiceError
 from coppice.flow import Flow
 from coppice.graph import Kind
-from coppice.modules import Edit, Removable, clash, leaves_something, removable
+from coppice.modules import removable
+from coppice.removals import Edit, Removable, clash, leaves_something
 
 FORMAT = 1
 WITH_MODULES = 2  # the format of a plan that removes modules, or is made of several cuts: versions that know of neither must not read it

@@ -46,12 +46,13 @@ def without_modules(model: nn.Module, removed: Removal) -> nn.Module:
         if found:
             masks[name] = [found.get(dim, np.ones(size, bool)) for dim, size in enumerate(tensor.shape)]
     shallow = _edited_copy(model, masks, removed.columns, removed.attributes)
-    for edit in removed.edits:
-        parent, _, name = edit.path.rpartition(".")
-        module = shallow.get_submodule(edit.path)
-        made = stand_in(module, edit.becomes, dict(edit.options))
-        made.training = module.training
-        setattr(shallow.get_submodule(parent), name, made)
+    made = {
+        edit.path: stand_in(shallow, edit) for edit in removed.edits
+    }  # all of them before any is in its place: a merged one reads others
+    for path, module in made.items():
+        parent, _, name = path.rpartition(".")
+        module.training = shallow.get_submodule(path).training
+        setattr(shallow.get_submodule(parent), name, module)
     return shallow
 
 

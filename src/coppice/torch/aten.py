@@ -85,17 +85,13 @@ def _each_dim(sizes: Any, dims: int) -> tuple[int, ...]:
 
 
 def _pool(c: Call) -> Translation:
-    """``window`` as of a convolution, None where sizes are rounded up; ``picks``: each result is one of the inputs."""
+    """``window`` as of a convolution; ``picks``: each result is one of the inputs."""
     kernel = _each_dim(c["kernel_size"], 2)
     window = {
         "kernel": kernel, "stride": _each_dim(c["stride"] or kernel, 2), "padding": _each_dim(c["padding"], 2),
         "dilation": _each_dim(c.args.get("dilation") or [1], 2),
     }  # fmt: skip
-    return (
-        "spatial2d",
-        [c["self"]],
-        {"function": "pool", "window": None if c["ceil_mode"] else window, "picks": "count_include_pad" not in c.args},
-    )
+    return "spatial2d", [c["self"]], {"function": "pool", "window": window, "picks": "count_include_pad" not in c.args}
 
 
 def _addmm(c: Call) -> Translation:
@@ -305,7 +301,11 @@ TABLE: Table = {
     **_each("grid_sampler_2d grid_sampler_3d", _on("grid_sample", "input", "grid")),
     **_each("roi_align", _on("roi_align", "input", "rois")),
     **_each(
-        "_adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
+        "_adaptive_avg_pool2d adaptive_max_pool2d",
+        lambda c: ("spatial2d", [c.x], {"function": "to a size"}),
+    ),
+    **_each(
+        " upsample_nearest2d upsample_bilinear2d "
         "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
         lambda c: ("spatial2d", [c.x], {}),
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from torch.utils._pytree import tree_flatten
 
 from coppice.coupling import Coupling, couple
 from coppice.errors import CoppiceError, VerificationError
-from coppice.flow import Constant, Flow, Source
+from coppice.flow import Constant, Flow, Source, Strided
 from coppice.graph import Op
-from coppice.modules import Removable, removable
+from coppice.modules import removable
 from coppice.planning import Plan
+from coppice.removals import Removable
 from coppice.torch.apply import apply, without_modules
 from coppice.torch.capture import Replayable, capture, decisions_of, in_double, record
 from coppice.torch.decisions import Decision
@@ -41,7 +43,9 @@ class _Shortened(Replay):
         self.dead = self.flow.dead(self.substitutes)
         self._snapshots: dict[int, Tensor] = {}
         self._made: defaultdict[int, list[int]] = defaultdict(list)  # op -> the versions that it makes and something is replaced by
-        for version in {s for s in self.substitutes.values() if not isinstance(s, Constant)}:
+        self._strides = {k: stride for candidate in gone for k, stride in candidate.strides.items()}
+        sources = (s.version if isinstance(s, Strided) else s for s in self.substitutes.values() if not isinstance(s, Constant))
+        for version in dict.fromkeys(sources):
             made_by = self.flow.made_by[version]
             if made_by is None:
                 self._snapshots[version] = self.env[self.flow.value[version]].clone()
@@ -49,6 +53,8 @@ class _Shortened(Replay):
                 self._made[made_by].append(version)
 
     def _step(self, op: Op, index: int, call: Replayable) -> list[Tensor]:
+        if index in self._strides:
+            call = replace(call, args=(*call.args[:3], list(self._strides[index]), *call.args[4:]))
         outs = [] if index in self.dead else super()._step(op, index, call)
         for version in self.flow.writes[index]:
             if version in self.substitutes:
@@ -60,6 +66,12 @@ class _Shortened(Replay):
     def _source(self, version: int, source: Source) -> Tensor:
         if isinstance(source, Constant):  # a branch that is gone is masked wherever it is read
             return torch.full(self.flow.shape(version), float(source is Constant.ONE), dtype=torch.float64)
+        if isinstance(source, Strided):
+            found = self._snapshots[source.version]
+            for back, step in enumerate(reversed(source.steps), 1):
+                places = torch.arange(0, found.shape[-back], step)
+                found = found.index_select(found.dim() - back, places)
+            return found
         return self._snapshots[source].clone()
 
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from coppice.removals import Edit
+from coppice.torch.composing import composed
+
 
 class Pass(nn.Module):
     """Passes on one of its arguments, in a tuple where ``returns`` says so: at each place where it is true, None elsewhere."""
@@ -66,8 +69,11 @@ class Chain(nn.Module):
         return x
 
 
-def stand_in(module: nn.Module, becomes: str, options: dict[str, Any]) -> nn.Module:
-    """What an edit of a plan makes of ``module``."""
+def stand_in(model: nn.Module, edit: Edit) -> nn.Module:
+    """What an edit of a plan makes of a module of ``model``."""
+    module, becomes, options = model.get_submodule(edit.path), edit.becomes, edit.options
+    if becomes == "merged":
+        return composed(model, list(options["of"]), bool(options.get("shortcut")))
     if becomes == "chain":
         return Chain(module, list(options["steps"]))
     if becomes == "identity":
