@@ -47,6 +47,7 @@ METRICS: dict[str, Any] = {
     "input": [1, 3, 32, 32],
     "notes": [],
     "latency": None,
+    "masks": None,
     "seconds": 61.0,
 }  # fmt: skip
 WIDTHS = [AxisWidth("layer1.0.conv1.weight:0", 16, 8), AxisWidth("conv1.weight:0", 16, 16)]

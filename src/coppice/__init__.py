@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
     from coppice.loop import Result, prune
+    from coppice.masks import MaskRecipe
     from coppice.modules import removable
     from coppice.planning import Plan, remove, remove_modules
     from coppice.run import load
+    from coppice.sparse_file import load_sparse, save_sparse
     from coppice.timing import measure
     from coppice.torch.apply import apply
     from coppice.torch.capture import capture
+    from coppice.torch.masking import hold_masks, mask, take_in
     from coppice.torch.repair import repair
     from coppice.torch.verify import verify
 
@@ -28,13 +31,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CoppiceError": "coppice.errors",
+    "MaskRecipe": "coppice.masks",
     "Plan": "coppice.planning",
     "Result": "coppice.loop",
     "VerificationError": "coppice.errors",
     "apply": "coppice.torch.apply",
     "capture": "coppice.torch.capture",
     "couple": "coppice.coupling",
+    "hold_masks": "coppice.torch.masking",
     "load": "coppice.run",
+    "load_sparse": "coppice.sparse_file",
+    "mask": "coppice.torch.masking",
     "measure": "coppice.timing",
     "plan": "coppice.allocate",
     "prune": "coppice.loop",
@@ -42,14 +49,17 @@ _HOMES = {
     "remove": "coppice.planning",
     "remove_modules": "coppice.planning",
     "repair": "coppice.torch.repair",
+    "save_sparse": "coppice.sparse_file",
     "score": "coppice.criteria",
     "sensitivity": "coppice.curves",
+    "take_in": "coppice.torch.masking",
     "verify": "coppice.torch.verify",
 }
 
 __all__ = [
-    "CoppiceError", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "load", "measure", "plan", "prune",
-    "removable", "remove", "remove_modules", "repair", "score", "sensitivity", "verify",
+    "CoppiceError", "MaskRecipe", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "hold_masks", "load", "load_sparse",
+    "mask", "measure", "plan", "prune", "removable", "remove", "remove_modules", "repair", "save_sparse", "score", "sensitivity", "take_in",
+    "verify",
 ]  # fmt: skip
 
 

@@ -12,18 +12,27 @@ from torch.optim.swa_utils import AveragedModel
 
 from coppice.errors import CoppiceError
 
-_MODEL, _OPTIMIZER, _AVERAGE, _KEY = "model/", "optimizer/", "average/", "coppice"
+_MODEL, _OPTIMIZER, _AVERAGE, _ALONG, _KEY = "model/", "optimizer/", "average/", "along/", "coppice"
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any], average: AveragedModel | None = None
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+    average: AveragedModel | None = None,
+    along: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write model, optimiser and average, and `facts` (JSON values) in the header. A crash at any moment leaves the old file or the new."""
+    """Write model, optimiser, average, what goes along (`coppice.along`), and `facts` (JSON values) in the header.
+
+    A crash at any moment leaves the old file or the new.
+    """
     from safetensors.torch import save
 
     tensors = {_MODEL + name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     if average is not None:
         tensors |= {_AVERAGE + name: value for name, value in average.state_dict().items()}
+    tensors |= {_ALONG + name: value for name, value in (along or {}).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -45,8 +54,14 @@ def load_facts(path: Path) -> dict[str, Any]:
         raise CoppiceError(f"{path} is not a checkpoint of a fine-tune, or is truncated: delete it to start again") from error
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None = None) -> None:
-    """Put the saved state into `model`, `optimizer` and `average`. Raises CoppiceError if it is another model's."""
+def load_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None = None,
+    along: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Put the saved state into `model`, `optimizer`, `average` and `along`. Raises CoppiceError if it is another model's."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
@@ -58,7 +73,10 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, a
         model.load_state_dict(of(_MODEL))
         if average is not None:
             average.load_state_dict(of(_AVERAGE))
-    except RuntimeError as error:
+        remembered = of(_ALONG)
+        for name, tensor in (along or {}).items():
+            tensor.copy_(remembered[name])
+    except (RuntimeError, KeyError) as error:
         raise CoppiceError(f"{path} holds the state of another model: delete it to start again") from error
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import coppice
-from coppice import cli_latency, cli_modules
+from coppice import cli_latency, cli_masks, cli_modules
+from coppice.cli_masks import MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Sparsity
 from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
@@ -222,6 +223,12 @@ def prune(
         bool | None, typer.Option("--freeze-norm/--train-norm", help="BatchNorm keeps its statistics while fine-tuning [train]")
     ] = None,
     augment: Annotated[Text, typer.Option("--augment", help="light, crop or none [light]")] = None,
+    sparsity: Sparsity = None,
+    nm: NofM = None,
+    mask_criterion: MaskCriterion = None,
+    mask_scope: MaskScope = None,
+    mask_schedule: MaskSchedule = None,
+    mask_steps: MaskSteps = None,
     seed: Seed = None,
     threads: Threads = None,
 ) -> None:
@@ -369,7 +376,8 @@ def _settings(given: Mapping[str, Any], config: Path | None) -> RunConfig:
         read["splits"] = read.pop("split")
     preprocess = replace(base.preprocess, **{k: read.pop(k) for k in _PREPROCESS if k in read})
     recipe = replace(base.recipe, **{k: read.pop(k) for k in _RECIPE if k in read})
-    return replace(base, **read, preprocess=preprocess, recipe=recipe)
+    masks = replace(base.masks, **cli_masks.taken_from(read))
+    return replace(base, **read, preprocess=preprocess, recipe=recipe, masks=masks)
 
 
 def _numbers(flag: str, text: str, kind: type) -> list[Any]:

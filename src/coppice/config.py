@@ -18,6 +18,7 @@ from coppice.allocate import ALLOCATIONS
 from coppice.criteria import AUTO, CRITERIA, TRIED, check_options
 from coppice.errors import CoppiceError
 from coppice.machine import machine, usable_cores, versions
+from coppice.masks import MaskRecipe
 from coppice.preprocess import Preprocess
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
@@ -53,6 +54,7 @@ class RunConfig:
     calibration: int = 512  # training images for the scores and the repair
     repair: bool = True  # refit the layers after a cut
     stop_early: bool = False  # end fine-tuning after the epoch that holds max_drop on validation
+    masks: MaskRecipe = MaskRecipe()  # single weights that become zero after the structured cuts; by itself: instead of them
     recipe: Recipe = field(default_factory=lambda: Recipe(distill=DISTILL))
     seed: int = 0
     threads: int = 0  # 0: one a core; stored as the number used
@@ -72,6 +74,7 @@ class RunConfig:
         readers: dict[str, Callable[[Any], Any]] = {
             "target": parse_target, "preprocess": Preprocess.from_dict, "input": tuple, "splits": dict,
             "recipe": lambda recipe: Recipe(**_check_types(recipe, Recipe(), "recipe.")),
+            "masks": lambda masks: MaskRecipe(**_check_types(masks, MaskRecipe(), "masks.")),
         }  # fmt: skip
         return cls(**{key: readers[key](value) if key in readers else value for key, value in plain.items()})
 

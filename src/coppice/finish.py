@@ -22,9 +22,11 @@ from coppice.forward import logits
 from coppice.latency import latency_model
 from coppice.planning import Plan, kept_widths
 from coppice.report import AxisWidth, render_report
-from coppice.run import CONFIG, METRICS, MODEL, ONNX, PLAN, REPORT, Json, read_tensors, write_tensors, write_text
+from coppice.run import CONFIG, METRICS, MODEL, ONNX, PLAN, REPORT, SPARSE, Json, read_tensors, write_tensors, write_text
+from coppice.sparse_file import load_sparse, save_sparse
 from coppice.stages import Snapshot, Workbench, example_input, materialise, same_bits, test_metrics
 from coppice.torch.apply import apply, build
+from coppice.torch.trees import named_tensors
 from coppice.torch.verify import verify
 
 _IMAGES = 8  # real images on which the saved file and the exported one are compared
@@ -38,17 +40,19 @@ def finish(bench: Workbench, history: Sequence[Snapshot], reached: Snapshot, met
     dense_test, pruned_test = test_metrics(bench, history[0]), test_metrics(bench, reached)
     began = time.perf_counter()
     checks = [*reached.checks, *(_check_whole_plan(bench, plan) if bench.run.config.steps > 1 else []), _check_saved(bench, plan, model)]
+    masks, held = _masked(bench, plan, model, reached)
     onnx, notes = _export(bench, model)
     metrics: Json = {
         "dense": {**dense_test, **history[0].cost, "val": dict(history[0].val)},
         "pruned": {**pruned_test, **reached.cost, "val": dict(reached.val)},
         "target": {**bench.run.config.target.to_dict(), "max_drop": bench.run.config.max_drop},
         "latency": _latency(bench, plan, reached),
+        "masks": masks,
         "drop": {"val": history[0].top1 - reached.top1, "test": dense_test["top1"] - pruned_test["top1"]},
         "met": met,
         "verified": True,  # what fails a check raises, and nothing is saved
         "statement": statement,
-        "verification": {"checks": checks + onnx, "max_error": reached.max_error},
+        "verification": {"checks": checks + held + onnx, "max_error": reached.max_error},
         "history": [_step(bench, snapshot) for snapshot in history],
         "classes": _classes(bench, len(dense_test["per_class"])),
         "input": [1, *example_input(bench.data).shape[1:]],
@@ -68,6 +72,23 @@ def _latency(bench: Workbench, plan: Plan, reached: Snapshot) -> Json | None:
     layers = [(name, seconds, after[name]) for name, seconds in before.items()]
     said = {"dense": bench.cost.latency, "unexplained": found.unexplained, "grid": found.grid, "layers": layers}
     return {**reached.latency, **said}
+
+
+def _masked(bench: Workbench, plan: Plan, model: nn.Module, reached: Snapshot) -> tuple[Json | None, list[str]]:
+    """What the zeros come to, and what was checked of them; the small file is written here. None where nothing is masked."""
+    if not plan.weight_masks or reached.masks is None:
+        return None, []
+    tensors = named_tensors(model)
+    wrong = [name for name, packed in plan.weight_masks.items() if bool(tensors[name][torch.from_numpy(~packed.array())].any())]
+    if wrong:
+        raise VerificationError(f"{wrong[0]} has weights that the plan masks and that are not zero")
+    path = bench.run.path / SPARSE
+    save_sparse(path, model.state_dict())
+    if not same_bits(load_sparse(path), model.state_dict()):
+        raise VerificationError(f"{SPARSE} loaded again does not hold the bits that were saved")
+    size, dense = path.stat().st_size, (bench.run.path / MODEL).stat().st_size
+    checks = [f"every weight that the plan masks is zero, in {len(plan.weight_masks)} tensors", f"{SPARSE} loaded again: the same bits"]
+    return {**reached.masks, "file_bytes": size, "dense_file_bytes": dense}, checks
 
 
 def _check_whole_plan(bench: Workbench, plan: Plan) -> list[str]:
@@ -134,7 +155,8 @@ def _write(bench: Workbench, plan: Plan, metrics: Json) -> None:
     write_text(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
     name = config.model.rpartition(":")[2] or type(bench.dense).__name__
     page = render_report(
-        title=f"{name}, {metrics['pruned']['macs'] / metrics['dense']['macs']:.3f} of the MACs",
+        title=f"{name}, {metrics['pruned']['macs'] / metrics['dense']['macs']:.3f} of the MACs"
+        + (f", {config.masks}" if config.masks else ""),
         metrics=metrics,
         widths=[AxisWidth(axis.name, axis.width, len(axis.keep)) for axis in plan.axes],
         pins=bench.coupling.pins,

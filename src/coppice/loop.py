@@ -32,6 +32,8 @@ from coppice.finish import finish
 from coppice.floor import has_seen_validation
 from coppice.forward import device_of, logits
 from coppice.machine import usable_cores
+from coppice.mask_stage import grown, levels, masked
+from coppice.masks import NOTHING, sites
 from coppice.models import load_model, one_line
 from coppice.pictures import check_renderer
 from coppice.planning import Plan
@@ -183,8 +185,8 @@ def measure_sensitivity(config: RunConfig, parts: Sequence[float], images: int, 
 def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
     """Find bad input while nothing has been written: classes, shapes, a target that no cut can reach, packages that the end will need."""
     check_renderer()
-    if not config.target and config.max_drop is None:
-        raise CoppiceError("nothing to reach: give --target, for example macs=0.5, or --max-drop, or both")
+    if not config.target and config.max_drop is None and not config.masks:
+        raise CoppiceError("nothing to reach: give --target, for example macs=0.5, or --max-drop, or both, or --sparsity")
     example = example_input(data)
     if config.input and tuple(config.input[1:]) != tuple(example.shape[1:]):
         raise CoppiceError(f"--input {config.input} does not fit the data, whose images are {tuple(example.shape[1:])} after preprocessing")
@@ -192,6 +194,8 @@ def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
     if isinstance(data, ImageData):
         check_classes(data, outputs)
     coupling = couple(capture(dense, (example,)))
+    if config.masks and not sites(coupling)[0]:
+        raise CoppiceError(NOTHING)
     if config.target:
         cost, grid = coupling.cost(), 1
         prices: Sequence[Priced] = ()
@@ -230,10 +234,33 @@ def _work(dense: nn.Module, data: Data, run: Run, train: TrainFunction | None, p
             bench = on_the_clock(bench, run.config.target.setting)
         history = [dense_snapshot(bench)]
         progress.say(f"dense: {humanise(bench.cost.macs, 'macs')} MACs, validation top-1 {history[0].top1:.2f} %")
-        reached = _towards_target(bench, history) if run.config.target else _smallest(bench, history)
+        reached = _with_masks(bench, history, _narrowed(bench, history))
         finish(bench, history, reached, *_verdict(bench, history[0], reached))
     plan = Plan.from_json((run.path / PLAN).read_text(encoding="utf-8"))
     return Result(load(run.path, copy.deepcopy(dense)), plan, read_json(run.path / METRICS), run.path)
+
+
+def _narrowed(bench: Workbench, history: list[Snapshot]) -> Snapshot:
+    """What the structured cuts end with: at the target, else the smallest model that holds the floor, unless there are masks to go by."""
+    if bench.run.config.target:
+        return _towards_target(bench, history)
+    return history[0] if bench.run.config.masks else _smallest(bench, history)
+
+
+def _with_masks(bench: Workbench, history: list[Snapshot], now: Snapshot) -> Snapshot:
+    """Single weights to zero as the run asks for, with fine-tuning as after a cut."""
+    config = bench.run.config
+    if not config.masks:
+        return now
+    if config.masks.schedule == "cubic":
+        now = _noted(bench, history, grown(bench, "masks grown", now, config.recipe.epochs, config.masks))
+        return _again(bench, "masks grown", history, now, config.recipe.epochs, config.rounds)
+    steps = levels(config.masks)
+    for k, recipe in enumerate(steps, 1):
+        now = _noted(bench, history, masked(bench, f"masked {k}", now, recipe))
+        spent = config.recipe.epochs // len(steps) + (config.recipe.epochs % len(steps) if k == len(steps) else 0)
+        now = _noted(bench, history, tune(bench, f"masked {k}, tuned", now, spent, enough=_enough(bench, history[0])))
+    return _again(bench, f"masked {len(steps)}, tuned", history, now, config.recipe.epochs, config.rounds)
 
 
 def _towards_target(bench: Workbench, history: list[Snapshot]) -> Snapshot:
@@ -253,12 +280,16 @@ def _approach(
         spent = between if step < steps else epochs - between * (steps - 1)
         last = step == steps
         now = _noted(bench, history, tune(bench, f"{prefix}tuned {step}", now, spent, enough=_enough(bench, dense) if last else math.inf))
+    return _again(bench, f"{prefix}tuned {steps}", history, now, epochs, rounds)
+
+
+def _again(bench: Workbench, name: str, history: list[Snapshot], now: Snapshot, epochs: int, rounds: int) -> Snapshot:
+    """Fine-tune again for as long as the floor is not held and it helps."""
+    dense = history[0]
     for again in range(2, rounds + 1):
         if _holds_floor(bench, dense, now) or epochs == 0:
             break
-        longer = _noted(
-            bench, history, tune(bench, f"{prefix}tuned {steps}, round {again}", now, epochs, LATER ** (again - 1), _enough(bench, dense))
-        )
+        longer = _noted(bench, history, tune(bench, f"{name}, round {again}", now, epochs, LATER ** (again - 1), _enough(bench, dense)))
         if longer.top1 <= now.top1:
             break
         now = longer
@@ -323,8 +354,10 @@ def _verdict(bench: Workbench, dense: Snapshot, reached: Snapshot) -> tuple[bool
         holds = reached.cost[key] <= budget * (1 + SLACK if key == "latency" else 1)
         parts.append(f"{_share(bench, reached, key)}, {'within' if holds else 'over'} the target of {humanise(budget, key)}")
         met &= holds
-    if not config.target:
+    if not config.target and not config.masks:
         parts.append(_share(bench, reached, "macs"))
+    if reached.masks:
+        parts.append(f"{100 * reached.masks['share']:.1f} % of {humanise(reached.masks['weights'], 'params')} weights are zero")
     before, after = test_metrics(bench, dense), test_metrics(bench, reached)
     drop = before["top1"] - after["top1"]
     parts.append(_floor("test", drop, config.max_drop))

@@ -1,8 +1,9 @@
 """The plan: which indices of which axis stay. The one artefact between deciding and editing; plain JSON.
 
 A plan is complete by itself: for every tensor that changes it has an expression a dim over the axes (``"8 + a0 + 8"``: a fixed part, axis
-``a0``, a fixed part; ``"(a1 a2)"``: a product, major first), and for every module attribute that holds a width its new value. So it is
-applied, and a pruned model is rebuilt from it, without looking at the model's structure again.
+``a0``, a fixed part; ``"(a1 a2)"``: a product, major first), and for every module attribute that holds a width its new value. Single
+weights that are zero in what stays are a mask, one bit a weight. So it is applied, and a pruned model is rebuilt from it, without looking
+at the model's structure again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,11 @@ from coppice.errors import CoppiceError
 from coppice.flow import Flow
 from coppice.graph import Kind
 from coppice.modules import removable
+from coppice.packed import PackedMask
 from coppice.removals import Edit, Removable, clash, leaves_something
 
 FORMAT = 1
-WITH_MODULES = 2  # the format of a plan that removes modules, or is made of several cuts: versions that know of neither must not read it
+WITH_MODULES = 2  # the format of a plan with modules, several cuts or masks: versions that know of none of these must not read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Plan:
     """``axes[k]`` is ``a{k}`` in the expressions of ``tensors``; ``attributes`` are new values by module path and attribute.
 
     ``removed``: modules that go first; the axes are those of the model without them. ``then``: a plan for the model that this one gives.
+    ``weight_masks``: by parameter, which weights of what the axes leave stay; the others are zero.
     """
 
     axes: tuple[PlannedAxis, ...]
@@ -94,19 +97,22 @@ class Plan:
     attributes: Mapping[str, Mapping[str, int | list[int]]]
     removed: Removal | None = None
     then: Plan | None = None
+    weight_masks: Mapping[str, PackedMask] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
 
     def to_dict(self) -> dict[str, object]:
         plain: dict[str, object] = {
-            "format": FORMAT if self.removed is None and self.then is None else WITH_MODULES,
+            "format": FORMAT if self.removed is None and self.then is None and not self.weight_masks else WITH_MODULES,
             "axes": [{"name": a.name, "width": a.width, "keep": list(a.keep)} for a in self.axes],
             "tensors": {name: list(dims) for name, dims in self.tensors.items()},
             "attributes": {path: dict(values) for path, values in self.attributes.items()},
         }
         if self.removed is not None:
             plain["removed"] = self.removed.to_dict()
+        if self.weight_masks:
+            plain["masks"] = {name: mask.to_json() for name, mask in self.weight_masks.items()}
         if self.then is not None:
             plain["then"] = self.then.to_dict()
         return plain
@@ -144,7 +150,8 @@ class Plan:
         for axis in axes:
             if sorted(set(axis.keep)) != list(axis.keep) or not axis.keep or axis.keep[0] < 0 or axis.keep[-1] >= axis.width:
                 raise CoppiceError(f"the plan's axis {axis.name} keeps indices that are not increasing within 0..{axis.width - 1}")
-        return cls(axes, tensors, attributes, removed, then)
+        masks = {str(name): PackedMask.from_json(mask) for name, mask in raw.get("masks", {}).items()}
+        return cls(axes, tensors, attributes, removed, then, masks)
 
     def masks(self, name: str) -> list[Mask]:
         """Which indices of each dim of the tensor ``name`` stay."""
@@ -322,7 +329,16 @@ def compose(first: Plan, second: Plan) -> Plan:
     attributes = {path: dict(values) for path, values in first.attributes.items()}
     for path, values in second.attributes.items():
         attributes.setdefault(path, {}).update(values)
-    return Plan(tuple(axes), first.tensors, attributes, first.removed)
+    return Plan(tuple(axes), first.tensors, attributes, first.removed, weight_masks=_masks_of_both(first, second))
+
+
+def _masks_of_both(first: Plan, second: Plan) -> dict[str, PackedMask]:
+    """A weight stays where neither mask takes it; the first's lose the indices that the second plan removes."""
+    cut = second.changed()
+    found = {name: mask.sliced(cut[name]) if name in cut else mask for name, mask in first.weight_masks.items()}
+    for name, mask in second.weight_masks.items():
+        found[name] = PackedMask.of(mask.array() & found[name].array()) if name in found else mask
+    return found
 
 
 _TOKENS = re.compile(r"\(|\)|\+|a\d+|\d+")

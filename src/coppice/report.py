@@ -56,7 +56,19 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
             continue
         ratio = pruned[key] / (dense[key] or 1)
         rows.append((label, humanise(dense[key], key), humanise(pruned[key], key), f"× {ratio:.3f}"))
+    if metrics["masks"]:
+        rows += _mask_rows(metrics["masks"], dense["bytes"], dense["macs"])
     return rows
+
+
+def _mask_rows(masks: Mapping[str, Any], dense_bytes: float, dense_macs: float) -> list[tuple[str, str, str, str]]:
+    """What zeros come to: the share of them, the file, and the MACs that would be left if a runtime skipped them."""
+    small, left = masks["file_bytes"], masks["macs"]
+    return [
+        ("zero weights", "", f"{100 * masks['share']:.1f} %", f"of {humanise(masks['weights'], 'params')}"),
+        ("sparse file", humanise(dense_bytes, "bytes"), humanise(small, "bytes"), f"× {small / dense_bytes:.3f}"),
+        ("MACs in theory", humanise(dense_macs, "macs"), humanise(left, "macs"), f"× {left / dense_macs:.3f}"),
+    ]
 
 
 def _accuracy_row(label: str, dense: Mapping[str, Any], pruned: Mapping[str, Any], key: str) -> tuple[str, str, str, str]:

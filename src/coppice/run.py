@@ -2,7 +2,7 @@
 
     config.toml     the settings, versions and machine            journal.json   finished stages and what they found
     state/          weights between stages, gone when it is done   lock           held by the process that works on the run
-    plan.json  model.safetensors  model.onnx  metrics.json  report.html           the outputs
+    plan.json  model.safetensors  model.onnx  metrics.json  report.html           the outputs; with masks, model.sparse.safetensors too
     manifest.json   SHA-256 of each, written last: a run that has it is complete
 
 A stage is computed once: its result goes into the journal after the weights it refers to are safely on disk, so a process killed at any
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 CONFIG, JOURNAL, LOCK, MANIFEST, STATE = "config.toml", "journal.json", "lock", "manifest.json", "state"
 PLAN, MODEL, ONNX, METRICS, REPORT = "plan.json", "model.safetensors", "model.onnx", "metrics.json", "report.html"
-OUTPUTS = (PLAN, MODEL, ONNX, METRICS, REPORT)
+SPARSE = "model.sparse.safetensors"  # where weights are masked: the same weights in a smaller file (coppice.sparse_file)
+OUTPUTS = (PLAN, MODEL, SPARSE, ONNX, METRICS, REPORT)
 
 Json = dict[str, Any]
 

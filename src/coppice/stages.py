@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coppice.allocate import plan as make_plan
+from coppice.along import Along
 from coppice.config import MEASURED
 from coppice.cost import Cost
 from coppice.coupling import Coupling, couple
@@ -35,6 +36,7 @@ from coppice.targets import humanise
 from coppice.timing import Setting
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
+from coppice.torch.masking import Held, unpacked
 from coppice.torch.program import is_held_out, of_one_shape
 from coppice.torch.verify import Verification, verify
 from coppice.train import EpochResult, fine_tune, pick_precision
@@ -78,6 +80,7 @@ class Snapshot:
     recovery: Mapping[str, Any] | None = None
     latency: Mapping[str, Any] | None = None
     training: Sequence[Mapping[str, Any]] = ()
+    masks: Mapping[str, Any] | None = None  # `coppice.masks.Sparsity`, and how the zeros were chosen
 
     @property
     def top1(self) -> float:
@@ -99,7 +102,8 @@ def example_input(data: Data, images: int = 1) -> Tensor:
     return first[0][:images]
 
 
-def _snapshot(found: Json) -> Snapshot:
+def as_snapshot(found: Json) -> Snapshot:
+    """A stage's result as the journal has it."""
     try:
         return Snapshot(**found)
     except TypeError as error:
@@ -110,9 +114,9 @@ def dense_snapshot(bench: Workbench) -> Snapshot:
     """The model as it came, on the validation split."""
 
     def measure() -> Json:
-        return asdict(Snapshot("dense", None, None, bench.cost.to_dict(), _validate(bench, bench.dense, "dense")))
+        return asdict(Snapshot("dense", None, None, bench.cost.to_dict(), validate(bench, bench.dense, "dense")))
 
-    return _snapshot(bench.run.stage("dense", measure))
+    return as_snapshot(bench.run.stage("dense", measure))
 
 
 def on_the_clock(bench: Workbench, setting: Setting) -> Workbench:
@@ -140,7 +144,7 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
         seconds = chosen.on_time.timed.seconds if chosen.on_time else None
         cost = replace(bench.coupling.cost(kept_widths(bench.coupling, whole)), latency=seconds)
         state = bench.run.save_state(name, chosen.model.state_dict())
-        val = _validate(bench, chosen.model, name)
+        val = validate(bench, chosen.model, name)
         return asdict(
             Snapshot(
                 name,
@@ -155,7 +159,7 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
             )
         )
 
-    return _snapshot(bench.run.stage(name, work))
+    return as_snapshot(bench.run.stage(name, work))
 
 
 @dataclass(frozen=True)
@@ -276,47 +280,61 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
     """
     if epochs == 0:
         return before
-    precision = _precision(bench)
-
-    def told(result: EpochResult) -> None:
-        bench.progress.say(f"  epoch {result.epoch} of {epochs}: loss {result.train_loss:.3f}, validation top-1 {result.val_top1:.2f} %")
 
     def work() -> Json:
-        config = bench.run.config
         model = materialise(bench, before)
-        recipe = replace(config.recipe, epochs=epochs, precision=precision, lr=config.recipe.peak_lr() * rate)
-        checkpoint = bench.run.state_path(f"{name}.checkpoint")
-        bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
-        results: list[EpochResult] = []
-        if bench.train is not None:
-            with bench.progress.bar(f"{name}: fine-tuning with your own function"):
-                bench.train(model, epochs)
-        else:
-            teacher = bench.dense if recipe.taught else None
-            plan = None if before.plan is None else Plan.from_json(before.plan)
-            with bench.progress.bar(f"{name}: fine-tuning") as advance:
-                results = fine_tune(
-                    model,
-                    bench.data,
-                    recipe,
-                    teacher=teacher,
-                    plan=plan,
-                    seed=config.seed,
-                    checkpoint=checkpoint,
-                    progress=advance,
-                    on_epoch=told,
-                    enough=lambda result: result.val_top1 >= enough,
-                )
-        val = _validate(bench, model, name)
+        held = None if before.plan is None else Held(model, unpacked(Plan.from_json(before.plan)))
+        results = trained(bench, name, model, before, epochs, rate, enough, held)
+        if held is not None:
+            held.after_step()  # a training function of the user's own knows of no masks
+        val = validate(bench, model, name)
         worse = float(val["top1"]) < before.top1
         if worse:
             bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
         state = before.state if worse else bench.run.save_state(name, model.state_dict())
-        checkpoint.unlink(missing_ok=True)
         kept = before.val if worse else val
         return asdict(replace(before, stage=name, state=state, val=kept, epochs=epochs, training=[asdict(result) for result in results]))
 
-    return _snapshot(bench.run.stage(name, work))
+    return as_snapshot(bench.run.stage(name, work))
+
+
+def trained(
+    bench: Workbench,
+    name: str,
+    model: nn.Module,
+    before: Snapshot,
+    epochs: int,
+    rate: float = 1.0,
+    enough: float = math.inf,
+    along: Along | None = None,
+) -> list[EpochResult]:
+    """Train `model`, which is `before`'s, in place by the run's recipe, resumable, or with the user's own function."""
+    bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
+    if bench.train is not None:
+        with bench.progress.bar(f"{name}: fine-tuning with your own function"):
+            bench.train(model, epochs)
+        return []
+
+    def told(result: EpochResult) -> None:
+        line = f"  epoch {result.epoch} of {epochs}: loss {result.train_loss:.3f}, validation top-1 {result.val_top1:.2f} %"
+        bench.progress.say(f"{line}, {said}" if (said := along.said() if along else "") else line)
+
+    config = bench.run.config
+    recipe = replace(config.recipe, epochs=epochs, precision=_precision(bench), lr=config.recipe.peak_lr() * rate)
+    with bench.progress.bar(f"{name}: fine-tuning") as advance:
+        return fine_tune(
+            model,
+            bench.data,
+            recipe,
+            teacher=bench.dense if recipe.taught else None,
+            plan=None if before.plan is None else Plan.from_json(before.plan),
+            seed=config.seed,
+            checkpoint=bench.run.state_path(f"{name}.checkpoint"),
+            progress=advance,
+            on_epoch=told,
+            enough=lambda result: result.val_top1 >= enough,
+            along=along,
+        )
 
 
 def test_metrics(bench: Workbench, snapshot: Snapshot) -> Json:
@@ -356,7 +374,8 @@ def _calibration(bench: Workbench, batch_size: int) -> Iterator[tuple[Tensor, Te
     return sample_batches(bench.data.train, preprocessing(bench.data), images=config.calibration, seed=config.seed, batch_size=batch_size)
 
 
-def _validate(bench: Workbench, model: nn.Module, name: str) -> Json:
+def validate(bench: Workbench, model: nn.Module, name: str) -> Json:
+    """Accuracy on the validation split."""
     with bench.progress.bar(f"{name}: measuring on the validation split") as advance:
         found: Metrics = evaluate(model, bench.data.val, preprocessing(bench.data), progress=advance)
     return {"top1": found.top1, "top5": found.top5, "loss": found.loss, "n": found.n, "top1_ci95": list(found.top1_ci95)}

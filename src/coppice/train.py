@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from coppice.along import Along
 from coppice.augment import augment_batch, make_augmentation
 from coppice.checkpoint import load_facts, load_state, save_checkpoint
 from coppice.data import ImageData, Loaders, batches, raw_batches, sample_batches
@@ -52,6 +53,7 @@ def fine_tune(
     progress: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
     enough: Callable[[EpochResult], bool] | None = None,
+    along: Along | None = None,
 ) -> list[EpochResult]:
     """Train `model` in place on data.train, judging each epoch on data.val; returns what every epoch gave.
 
@@ -60,6 +62,7 @@ def fine_tune(
     `checkpoint`: written after every epoch (before `on_epoch`); if it exists, the epochs it holds are not repeated, and on a CPU in
     fp32 with the same number of threads the result equals an undisturbed run's bit for bit.
     `progress` is told the steps done and in all, `on_epoch` each epoch's result; an epoch that is `enough` is the last.
+    `along` goes with every step (masks, a regulariser); it must have been made for `model`.
     Raises CoppiceError if the loss is not finite, the recipe needs a teacher, or the checkpoint is of another run.
     """
     if recipe.taught and teacher is None:
@@ -77,7 +80,7 @@ def fine_tune(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema > 0 else None
     history = [EpochResult(**result) for result in facts["history"]]
     if checkpoint is not None and history:
-        load_state(checkpoint, model, optimizer, average)
+        load_state(checkpoint, model, optimizer, average, along.tensors if along else {})
     with ExitStack() as stack:
         stack.callback(model.to, memory_format=torch.contiguous_format)
         stack.callback(optimizer.zero_grad)
@@ -85,14 +88,14 @@ def fine_tune(
         if teacher is not None:
             stack.enter_context(weights_in(teacher, layout))
         features = stack.enter_context(Features(model, teacher, plan)) if teacher is not None and recipe.features > 0 else None
-        run = _Run(model, average, teacher, features, data, recipe, optimizer, layout, seed, steps, progress)
+        run = _Run(model, average, teacher, features, data, recipe, optimizer, layout, seed, steps, progress, along)
         for epoch in range(len(history) + 1, recipe.epochs + 1):
             if history and enough is not None and enough(history[-1]):
                 break
             history.append(run.epoch(epoch))
             if checkpoint is not None:
                 facts |= {"precision": precision, "history": [asdict(result) for result in history]}
-                save_checkpoint(checkpoint, model, optimizer, facts, average)
+                save_checkpoint(checkpoint, model, optimizer, facts, average, along.tensors if along else {})
             if on_epoch is not None:
                 on_epoch(history[-1])
         if average is not None and history:
@@ -136,6 +139,7 @@ class _Run:
     seed: int
     steps: int  # an epoch
     progress: Callable[[int, int], None] | None
+    along: Along | None
 
     def epoch(self, epoch: int) -> EpochResult:
         started = time.perf_counter()
@@ -151,6 +155,7 @@ class _Run:
                     done = (epoch - 1) * self.steps + index
                     lr = self.recipe.lr_at(done, total)
                     losses += self._step(x, y, lr, f"epoch {epoch}, step {index + 1}")
+                    self._beside(done + 1, total)
                     if self.progress is not None:
                         self.progress(done + 1, total)
             preprocess = self.data.preprocess if isinstance(self.data, ImageData) else None
@@ -174,9 +179,14 @@ class _Run:
         if self.recipe.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
         self.optimizer.step()
+        return value
+
+    def _beside(self, done: int, total: int) -> None:
+        """What goes along with the step, then the average of what that left."""
+        if self.along is not None:
+            self.along.after_step(done, total)
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return value
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy, mixed with the divergence from the teacher's predictions, plus the distance from its features."""

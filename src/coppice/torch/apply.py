@@ -21,7 +21,8 @@ from coppice.torch.trees import copied, hears_of_its_mode, modules_of, named_ten
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of ``model`` without the modules and indices that ``plan`` removes: parameters, buffers, and the attributes that hold sizes.
 
-    Kept values are copied bit for bit; ``requires_grad``, dtype, device and tied parameters stay as they are.
+    Weights that the plan masks are zero, kept values are copied bit for bit; ``requires_grad``, dtype, device and tied parameters stay as
+    they are.
     CoppiceError where the plan belongs to another model.
     """
     for cut in plan.cuts:
@@ -29,6 +30,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             model = without_modules(model, cut.removed)
         if cut.removed is None or cut.axes:
             model = _edited_copy(model, cut.changed(), cut.tensors, cut.attributes)
+        zero(model, {name: mask.array() for name, mask in cut.weight_masks.items()})
     return model
 
 
@@ -54,6 +56,20 @@ def without_modules(model: nn.Module, removed: Removal) -> nn.Module:
         module.training = shallow.get_submodule(path).training
         setattr(shallow.get_submodule(parent), name, module)
     return shallow
+
+
+def zero(model: nn.Module, masks: Mapping[str, Mask]) -> None:
+    """Set the weights to zero at which their mask is False, in place. CoppiceError where a mask is of another model."""
+    tensors = named_tensors(model) if masks else {}
+    for name, mask in masks.items():
+        if name not in tensors or tuple(tensors[name].shape) != mask.shape:
+            has = f"of shape {tuple(tensors[name].shape)}" if name in tensors else "not in this model"
+            raise CoppiceError(
+                f"the mask of {name} is of shape {mask.shape}, the weight is {has}; give the model that the masks were made for"
+            )
+    with torch.no_grad():
+        for name, mask in masks.items():
+            tensors[name].masked_fill_(torch.from_numpy(~mask).to(tensors[name].device), 0)
 
 
 def build(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> nn.Module:

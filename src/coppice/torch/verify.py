@@ -11,10 +11,11 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -58,6 +59,8 @@ def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) 
 
         error, checked_cuts, detour = verify_cuts(model, pruned, coupling, plan)
         return Verification(error, checked_cuts, time.perf_counter() - start, detour)
+    if plan.weight_masks:
+        model, plan = _masked(model, plan)
     checked = [check_tensors(model, pruned, plan)]
     keep = masks_by_atom(coupling, plan)
     worst, detour = 0.0, None
@@ -73,6 +76,19 @@ def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) 
     else:
         checked.insert(1, f"recorded ops up to {detour}, each with the planned shapes; from there the code takes another way")
     return Verification(worst, tuple(checked), time.perf_counter() - start, detour)
+
+
+def _masked(model: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
+    """The dense model with the plan's zeros at the places that they have in it, and the plan without its masks."""
+    dense = copy.deepcopy(model)
+    tensors = named_tensors(dense)
+    for name, packed in plan.weight_masks.items():
+        tensor = tensors[name]
+        keep = plan.masks(name) if name in plan.tensors else [np.ones(size, bool) for size in tensor.shape]
+        stays = np.ones(tuple(tensor.shape), bool)
+        stays[np.ix_(*keep)] = packed.array()
+        tensor.data.masked_fill_(torch.from_numpy(~stays), 0)
+    return dense, replace(plan, weight_masks={})
 
 
 def _compare(

@@ -1,0 +1,242 @@
+"""Masks on a PyTorch model: scores of single weights, masks held through training, and masks that others have made.
+
+Criteria: magnitude; gradient magnitude; first-order Taylor (Molchanov et al., CVPR 2019); movement while the model trains (Sanh et al.,
+Movement Pruning, NeurIPS 2020); |w| times the norm of its input (Sun et al., Wanda, ICLR 2024); w^2 over the inverse Hessian's diagonal,
+with the other weights updated (Frantar and Alistarh, SparseGPT, ICML 2023; see `coppice.torch.sparsegpt`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coppice.coupling import Coupling, Mask
+from coppice.errors import CoppiceError
+from coppice.masks import LOOKING, NOTHING, MaskRecipe, Site, choose, cubic, sites
+from coppice.packed import PackedMask
+from coppice.planning import Plan, make_plan
+from coppice.saliency import Array
+from coppice.torch.apply import zero
+from coppice.torch.gradients import gradients
+from coppice.torch.layers import find_layers
+from coppice.torch.program import Program, of_one_shape
+from coppice.torch.sparsegpt import masked_by_obs
+from coppice.torch.trees import named_tensors
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+_UPDATES = 100  # of the masks while they grow
+
+
+def mask(
+    model: nn.Module, coupling: Coupling, recipe: MaskRecipe, batches: Iterable[tuple[Tensor, Tensor]] | None = None, seed: int = 0
+) -> tuple[nn.Module, Plan]:
+    """A copy of `model` with the weights masked that the recipe says, and the plan that holds the masks (and removes no index).
+
+    `coupling` is the model's; `batches` are calibration images (inputs, labels), for the criteria that look at some. With `sparsegpt` the
+    weights that stay are changed too, to make good what goes. CoppiceError where nothing can be masked, or batches are missing.
+    """
+    if batches is None and recipe.criterion in LOOKING:
+        raise CoppiceError(f"masks by {recipe.criterion} need calibration batches: give batches of (inputs, labels)")
+    if recipe.schedule != "one-shot":
+        raise CoppiceError(f"the schedule {recipe.schedule} goes with training: give it to coppice.prune, here masks are made at once")
+    where, _ = sites(coupling)
+    if not where:
+        raise CoppiceError(NOTHING)
+    masked = copy.deepcopy(model)
+    if recipe.criterion == "sparsegpt":
+        masks = masked_by_obs(masked, where, recipe, of_one_shape(x for x, _ in batches or ()), seed)
+    else:
+        masks = choose(weight_scores(model, where, recipe.criterion, batches or (), seed), where, recipe)
+    if not masks:
+        raise CoppiceError(f"no weight has an input dim that divides into groups for {recipe.nm}: give a sparsity instead")
+    zero(masked, masks)
+    return masked, plan_of(coupling, masks)
+
+
+def plan_of(coupling: Coupling, masks: Mapping[str, Mask]) -> Plan:
+    """The plan that removes no index and holds these masks."""
+    return replace(make_plan(coupling, {}), weight_masks={name: PackedMask.of(found) for name, found in masks.items()})
+
+
+def weight_scores(model: nn.Module, where: Sequence[Site], criterion: str, batches: Batches, seed: int) -> dict[str, Array]:
+    """A score of every single weight of the sites: low means it can go."""
+    tensors = named_tensors(model)
+    weights = {site.name: tensors[site.name].detach().float().cpu().numpy() for site in where}
+    if criterion == "random":
+        generator = np.random.default_rng(seed)
+        return {name: generator.random(weight.shape) for name, weight in weights.items()}
+    if criterion == "magnitude":
+        return {name: np.abs(weight) for name, weight in weights.items()}
+    if criterion == "wanda":
+        norms = _input_norms(model, of_one_shape(x for x, _ in batches))
+        return {name: np.abs(weight) * norms.get(name, np.float32(1)) for name, weight in weights.items()}
+    element = np.abs if criterion == "gradient" else np.square
+    totals = {name: np.zeros(weight.shape) for name, weight in weights.items()}
+    for pairs in gradients(model, batches, None):
+        for name in totals.keys() & pairs.keys():
+            weight, slope = pairs[name]
+            totals[name] += element(slope if criterion == "gradient" else weight * slope)
+    return totals
+
+
+def _input_norms(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Array]:
+    """For each layer's weight, the root mean square of what each of its elements is multiplied with; of the weight's shape."""
+    program = Program(model, batches)
+    tensors = named_tensors(model)
+    found = {}
+    for layer in find_layers(program):
+        program.advance(layer.index)
+        squares = []
+        for k in range(program.active):
+            x = program.value(layer.input, k)
+            program_shape = program.values[layer.output].shape
+            at = torch.arange(layer.positions(program_shape))
+            squares.append(layer.features(x, at, program_shape[2:]).square().mean(1, dtype=torch.float64))
+        norms = torch.stack(squares).mean(0).sqrt()
+        like = tensors[layer.weight].detach()
+        matrix = norms[:, None, :].expand_as(layer.matrix(like))
+        found[layer.weight] = layer.weight_from(matrix.contiguous(), like).numpy()
+    return found
+
+
+# --- through training -----------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Masked weights stay zero: what an optimiser's momentum or weight decay makes of them is undone after every step."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Mask]) -> None:
+        zero(model, masks)
+        tensors = named_tensors(model)
+        self._gone = [(tensors[name], torch.from_numpy(~mask).to(tensors[name].device)) for name, mask in masks.items()]
+        self.tensors: Mapping[str, Tensor] = {}
+
+    def after_step(self, done: int = 0, total: int = 0) -> None:
+        with torch.no_grad():
+            for tensor, gone in self._gone:
+                tensor.masked_fill_(gone, 0)
+
+    def said(self) -> str:
+        return ""
+
+
+def hold_masks(model: nn.Module, masks: Plan | Mapping[str, Mask], optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+    """Keep the masked weights of `model` zero in a training loop of your own: a hook that runs after every `optimizer.step()`.
+
+    `masks`: a plan that has some, or arrays by parameter name (True: stays). The handle's `remove()` ends it.
+    """
+    held = Held(model, unpacked(masks) if isinstance(masks, Plan) else masks)
+    return optimizer.register_step_post_hook(lambda *_: held.after_step())
+
+
+def unpacked(plan: Plan) -> dict[str, Mask]:
+    return {name: packed.array() for name, packed in plan.weight_masks.items()}
+
+
+class Growing:
+    """Masks that grow while the model trains, by the cubic curve; by magnitude, or by -w dL/dw summed on the way.
+
+    They are chosen anew a hundred times; in between they are held. What was zero has no magnitude to come back by.
+    """
+
+    def __init__(self, model: nn.Module, where: Sequence[Site], recipe: MaskRecipe) -> None:
+        tensors = named_tensors(model)
+        self._weights = {site.name: tensors[site.name] for site in where}
+        self._where, self._recipe = list(where), recipe
+        self._moved = {n: torch.zeros_like(w, dtype=torch.float64) for n, w in self._weights.items() if recipe.criterion == "movement"}
+        self._gone = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self._weights.items()}
+        self._share = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        kept = {"share": self._share}
+        return kept | {f"moved/{n}": t for n, t in self._moved.items()} | {f"gone/{n}": t for n, t in self._gone.items()}
+
+    def after_step(self, done: int, total: int) -> None:
+        with torch.no_grad():
+            for name, score in self._moved.items():
+                gradient = self._weights[name].grad
+                if gradient is not None:
+                    score.sub_(self._weights[name] * gradient)
+        share = cubic(self._recipe.sparsity, done, total)
+        last = share == self._recipe.sparsity and float(self._share) < share
+        if last or (done % max(1, total // _UPDATES) == 0 and share < self._recipe.sparsity):
+            self._choose(share)
+        self._hold()
+
+    def finish(self) -> dict[str, Mask]:
+        """The masks at the sparsity that was asked for; weights that an average of the weights has brought back are zero again."""
+        if float(self._share) < self._recipe.sparsity:
+            self._choose(self._recipe.sparsity)
+        self._hold()
+        return {name: ~gone.cpu().numpy() for name, gone in self._gone.items()}
+
+    def said(self) -> str:
+        return f"{100 * float(self._share):.1f} % of the weights are zero"
+
+    def _choose(self, share: float) -> None:
+        ranked = {name: self._moved[name] if self._moved else weight.abs() for name, weight in self._weights.items()}
+        scores: dict[str, Any] = {name: score.detach().cpu().double().numpy() for name, score in ranked.items()}
+        for name, mask in choose(scores, self._where, MaskRecipe(share, scope=self._recipe.within)).items():
+            self._gone[name].copy_(torch.from_numpy(~mask))
+        self._share.fill_(share)
+
+    def _hold(self) -> None:
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.masked_fill_(self._gone[name], 0)
+
+
+# --- masks that others have made, and hardware ----------------------------------------------------------------------
+
+
+def take_in(model: nn.Module) -> tuple[nn.Module, dict[str, Mask]]:
+    """A plain copy of a model that was pruned with `torch.nn.utils.prune`, and its masks by parameter name.
+
+    What that keeps as `weight_orig` and `weight_mask` becomes the parameter `weight` again, with zeros.
+    """
+    from torch.nn.utils import prune
+
+    made = [
+        getattr(m, n.removesuffix("_mask"), None) for m in model.modules() for n, _ in m.named_buffers(recurse=False) if n.endswith("_mask")
+    ]
+    memo = {id(t): t.detach().clone() for t in made if isinstance(t, Tensor)}  # a product that it made, which can't be copied as it is
+    plain = copy.deepcopy(model, memo)
+    masks: dict[str, Mask] = {}
+    for path, module in plain.named_modules():
+        for name in [n.removesuffix("_mask") for n, _ in module.named_buffers(recurse=False) if n.endswith("_mask")]:
+            if f"{name}_orig" in dict(module.named_parameters(recurse=False)):
+                found = getattr(module, f"{name}_mask")
+                prune.remove(module, name)
+                masks[f"{path}.{name}" if path else name] = found.detach().cpu().numpy() != 0
+    if not masks:
+        raise CoppiceError("the model has no masks of torch.nn.utils.prune: nothing to take in")
+    return plain, masks
+
+
+def semi_structured(model: nn.Module) -> list[str]:
+    """Store the linear layers of `model` whose weights are 2:4 as PyTorch's semi-structured tensors, in place; answers their names.
+
+    CoppiceError where there is no GPU with sparse tensor cores (compute capability 8.0) or no such layer: elsewhere they buy nothing.
+    """
+    from torch.sparse import to_sparse_semi_structured
+
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and _is_two_of_four(m.weight)]
+    capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if not capable:
+        raise CoppiceError("2:4 tensors need an NVIDIA GPU of compute capability 8.0 or newer, there is none here: keep the dense weights")
+    if not linear:
+        raise CoppiceError("no linear layer of the model has 2:4 zeros: mask it with --nm 2:4 first")
+    for _, module in linear:
+        module.weight = nn.Parameter(to_sparse_semi_structured(module.weight.detach()), requires_grad=False)
+    return [name for name, _ in linear]
+
+
+def _is_two_of_four(weight: Tensor) -> bool:
+    return weight.shape[1] % 4 == 0 and bool(((weight.detach().reshape(-1, 4) != 0).sum(1) <= 2).all())
