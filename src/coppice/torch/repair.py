@@ -12,16 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coppice.axes import Axis
 from coppice.coupling import Coupling, Mask, keep_mask
 from coppice.errors import CoppiceError
 from coppice.graph import Op
 from coppice.planning import Plan, masks_by_atom
-from coppice.torch.apply import sliced
+from coppice.torch.apply import masks_of, sliced
 from coppice.torch.aten import base_name
 from coppice.torch.layers import Layer, Norm, find_layers, only_use
 from coppice.torch.lockstep import COPIES
@@ -84,20 +85,24 @@ def repair(dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, 
     read twice, is left as it is. CoppiceError where there are no batches, or the two models don't run the same ops.
     """
     same = of_one_shape(batches)
-    coupling = coupled_on(dense, coupling, same[0])
-    return _Repair(dense, pruned, coupling, masks_by_atom(coupling, plan), same, seed).run()
+    return _Repair(dense, pruned, coupling, plan, same, seed).run()
 
 
 class _Repair:
-    def __init__(
-        self, dense: nn.Module, pruned: nn.Module, coupling: Coupling, keep: Mapping[Axis, Mask], batches: Sequence[Tensor], seed: int
-    ) -> None:
+    def __init__(self, dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, batches: Sequence[Tensor], seed: int) -> None:
         self.dense, self.pruned = Program(dense, batches), Program(pruned, batches)
-        self.keep = keep
-        self.dims = coupling.dims
         self.layers = find_layers(self.dense)
-        self.sliced = {layer.weight: layer for layer in find_layers(self.pruned)}
-        self.twin = _twins(self.dense.ops, self.pruned.ops)
+        self.sliced = {layer.weight: layer for layer in find_layers(self.pruned) if plan.stays(layer.weight)}
+        if plan.removed is None and plan.then is None:
+            coupling = coupled_on(dense, coupling, batches[0])
+            keep = masks_by_atom(coupling, plan)
+            kept = {layer: [keep_mask(axis, keep) for axis in coupling.dims[layer.output]] for layer in self.layers}
+            self.twin = _twins(self.dense.ops, self.pruned.ops)
+        else:
+            changed = masks_of(dense, plan)
+            kept = {layer: _of_results(layer, changed.get(layer.weight), self.dense.values[layer.output].shape) for layer in self.layers}
+            self.twin = _likely_twins(self.dense.ops, self.pruned.ops)
+        self.masks = kept
         self.tensors = named_tensors(pruned)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -105,16 +110,18 @@ class _Repair:
         done = []
         for layer in self.layers:
             small = self.sliced.get(layer.weight)
-            if small is not None and layer.index in self.twin and math.prod(self.tensors[small.weight].shape[1:]) <= LARGEST:
+            if small is not None and self._matches(layer, small) and math.prod(self.tensors[small.weight].shape[1:]) <= LARGEST:
                 done.append(self._refit(layer, small))
         return done
 
-    def masks(self, value: int) -> list[Mask]:
-        """Which indices of each dim of a dense value stay."""
-        return [keep_mask(axis, self.keep) for axis in self.dims[value]]
+    def _matches(self, layer: Layer, small: Layer) -> bool:
+        """Whether the pruned layer gives what the dense one's kept results are: one whose stride grew does not."""
+        shape = tuple(int(mask.sum()) for mask in self.masks[layer])
+        return self.twin.get(layer.index) == small.index and shape == self.pruned.values[small.output].shape
 
     def _refit(self, layer: Layer, small: Layer) -> Refit:
-        goal = _Goal.find(layer, self.dense, self.pruned, self.twin, {other.index for other in self.layers})
+        others = {other.index for other in self.layers}
+        goal = _Goal.find(layer, self.dense, self.pruned, self.twin, others, self.masks[layer])
         self.dense.advance(goal.ready)
         self.pruned.advance(small.index, self.dense.active)
         fit, judge = self._sums(layer, small, goal)
@@ -182,11 +189,12 @@ class _Goal:
     ready: int
     norm: Norm | None
     other: int | None
+    masks: list[Mask]  # which indices of each dim of ``value`` stay
 
     @classmethod
-    def find(cls, layer: Layer, dense: Program, pruned: Program, twin: Mapping[int, int], layers: set[int]) -> _Goal:
+    def find(cls, layer: Layer, dense: Program, pruned: Program, twin: Mapping[int, int], layers: set[int], masks: list[Mask]) -> _Goal:
         """Follow the layer's result through BatchNorm into a sum, as long as nothing else reads it on the way."""
-        plain = cls(layer.output, layer.index + 1, layer.norm, None)
+        plain = cls(layer.output, layer.index + 1, layer.norm, None, masks)
         value = layer.output if layer.norm is None else layer.norm.output
         use = only_use(dense, value, layer.index)
         if use is None or use not in twin or base_name(dense.ops[use].call.func) != "add" or any(layer.index < j <= use for j in layers):
@@ -198,11 +206,11 @@ class _Goal:
         other = small.inputs[others[0]]
         shapes = {dense.values[v].shape for v in (*op.inputs, op.outputs[0]) if v is not None}
         known_before = other is not None and not any(other in o.outputs for o in pruned.ops[twin[layer.index] :])
-        return cls(op.outputs[0], use + 1, layer.norm, other) if known_before and len(shapes) == 1 else plain
+        return cls(op.outputs[0], use + 1, layer.norm, other, masks) if known_before and len(shapes) == 1 else plain
 
     def of(self, work: _Repair, batch: int) -> Tensor:
         """The goal for one batch, of the shape of the pruned layer's result."""
-        tensor = sliced(work.dense.value(self.value, batch), work.masks(self.value))
+        tensor = sliced(work.dense.value(self.value, batch), self.masks)
         if self.other is None:
             return tensor
         return self._before_norm(tensor - work.pruned.value(self.other, batch), work)
@@ -213,6 +221,25 @@ class _Goal:
         shift, scale = self.norm.affine(work.tensors)
         shape = [1, -1] + [1] * (tensor.dim() - 2)
         return (tensor - shift.view(shape)) / scale.view(shape)
+
+
+def _of_results(layer: Layer, weight: list[Mask] | None, shape: Sequence[int]) -> list[Mask]:
+    """Which indices of each dim of a layer's results stay, given those of its weight."""
+    masks = [np.ones(size, bool) for size in shape]
+    if weight is not None:
+        if layer.kernel:
+            masks[1] = weight[0]
+        else:
+            masks[-1] = weight[0 if layer.transposed else 1]
+    return masks
+
+
+def _likely_twins(dense: Sequence[Op], pruned: Sequence[Op]) -> dict[int, int]:
+    """The same where modules are gone: ops are paired in order, by the module that they run in; a wrong pair only makes a worse goal."""
+    left, right = ([k for k, op in enumerate(ops) if base_name(op.call.func) not in COPIES] for ops in (dense, pruned))
+    ours, theirs = [[(ops[k].module, ops[k].rule) for k in some] for ops, some in ((dense, left), (pruned, right))]
+    blocks = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    return {left[b.a + k]: right[b.b + k] for b in blocks for k in range(b.size)}
 
 
 def _twins(dense: Sequence[Op], pruned: Sequence[Op]) -> dict[int, int]:
