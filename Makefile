@@ -1,16 +1,21 @@
-# Everything runs in .venv, which is made once (the stamp files) and again only when pyproject.toml changes.
+# Everything runs in .venv, which is made once (the stamp files) and again only when pyproject.toml changes; Keras on TensorFlow and JAX in
+# .venv-keras, which has no PyTorch.
 PYTHON ?= python3
 BIN := .venv/bin
 RUNTIME := .venv/.runtime
 DEVELOP := .venv/.develop
+KERAS := .venv-keras/.develop
 
 .PHONY: demo test lint format types clean
 
 demo: $(RUNTIME)
 	$(BIN)/coppice demo --out runs/demo --fresh
 
-test: $(DEVELOP)
+test: $(DEVELOP) $(KERAS)
 	$(BIN)/python -m pytest
+	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 .venv-keras/bin/python -m pytest tests/keras3
+	KERAS_BACKEND=jax .venv-keras/bin/python -m pytest tests/keras3/test_networks.py
+	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras3
 
 lint: $(DEVELOP)
 	$(BIN)/ruff check .
@@ -32,5 +37,10 @@ $(DEVELOP): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet -e '.[all,dev]'
 	touch $@
 
+$(KERAS): pyproject.toml
+	test -x .venv-keras/bin/python || $(PYTHON) -m venv .venv-keras
+	.venv-keras/bin/python -m pip install --quiet -e '.[keras-dev]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-keras build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

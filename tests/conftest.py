@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +22,8 @@ def shared() -> Path:
 @pytest.fixture
 def one_thread():
     """Sums in a fixed order, for tests that compare bits."""
+    import torch  # not where only Keras is tested
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

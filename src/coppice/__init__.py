@@ -2,7 +2,7 @@
 
 The stages, each a function: `capture` (model → graph), `couple` (graph → axes and pins), `score`, `plan`, `apply`, `verify`;
 `prune` is the whole loop around them and `load` rebuilds what it wrote. Nothing is imported until it is used: the core needs
-NumPy only, PyTorch comes in with the first function that touches a model.
+NumPy only, PyTorch or Keras comes in with the first function that touches a model.
 """
 
 from importlib import import_module
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from coppice.criteria import score
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
+    from coppice.front_ends import apply, capture, verify
     from coppice.loop import Result, prune
     from coppice.masks import MaskRecipe
     from coppice.modules import removable
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
     from coppice.run import load
     from coppice.sparse_file import load_sparse, save_sparse
     from coppice.timing import measure
-    from coppice.torch.apply import apply
-    from coppice.torch.capture import capture
     from coppice.torch.masking import hold_masks, mask, take_in
     from coppice.torch.repair import repair
-    from coppice.torch.verify import verify
 
 __version__ = "0.1.0"
 
@@ -35,8 +33,8 @@ _HOMES = {
     "Plan": "coppice.planning",
     "Result": "coppice.loop",
     "VerificationError": "coppice.errors",
-    "apply": "coppice.torch.apply",
-    "capture": "coppice.torch.capture",
+    "apply": "coppice.front_ends",
+    "capture": "coppice.front_ends",
     "couple": "coppice.coupling",
     "hold_masks": "coppice.torch.masking",
     "load": "coppice.run",
@@ -53,7 +51,7 @@ _HOMES = {
     "score": "coppice.criteria",
     "sensitivity": "coppice.curves",
     "take_in": "coppice.torch.masking",
-    "verify": "coppice.torch.verify",
+    "verify": "coppice.front_ends",
 }
 
 __all__ = [

@@ -259,7 +259,7 @@ def apply_rule(op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]) -> t
         return results, info, []
     rule = LINES[op.rule]
     try:
-        return _apply_line(rule.text(op.attrs), rule.macs, op, operands, shapes)
+        return _apply_line(rule.text(op.attrs), rule.products(op.attrs), op, operands, shapes)
     except ValueError as error:
         reason = f"{op.name} does not fit its rule: {error}"
         return SHAPE_RULES["unknown"](operands, shapes, {"reason": reason}), OpDims(), []

@@ -38,8 +38,9 @@ from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
 from coppice.torch.masking import Held, unpacked
 from coppice.torch.program import is_held_out, of_one_shape
-from coppice.torch.verify import Verification, verify
+from coppice.torch.verify import verify
 from coppice.train import EpochResult, fine_tune, pick_precision
+from coppice.verification import Verification
 
 REPAIRED_AT_ONCE = 32  # images in step: few enough for large maps to fit in memory, many enough for small ones to keep a core busy
 Data = ImageData | Loaders

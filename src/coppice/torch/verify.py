@@ -31,20 +31,9 @@ from coppice.torch.decisions import Decision
 from coppice.torch.lockstep import Step, first_difference, planned, step
 from coppice.torch.replay import Replay
 from coppice.torch.trees import named_tensors
+from coppice.verification import Verification
 
 TOLERANCE = 1e-7  # of the largest output; double precision leaves nine more orders for a real mistake to show
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """``max_error`` is relative to the largest output; ``checked`` says what was compared, in words; ``detour`` is the first op at which
-    the code took another way than at the dense widths.
-    """
-
-    max_error: float
-    checked: tuple[str, ...]
-    seconds: float
-    detour: str | None = None
 
 
 def verify(model: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan) -> Verification:
