@@ -48,6 +48,7 @@ METRICS: dict[str, Any] = {
     "notes": [],
     "latency": None,
     "masks": None,
+    "regularised": None,
     "seconds": 61.0,
 }  # fmt: skip
 WIDTHS = [AxisWidth("layer1.0.conv1.weight:0", 16, 8), AxisWidth("conv1.weight:0", 16, 16)]

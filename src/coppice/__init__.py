@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from coppice.sparse_file import load_sparse, save_sparse
     from coppice.timing import measure
     from coppice.torch.masking import hold_masks, mask, take_in
+    from coppice.torch.regularise import regulariser
     from coppice.torch.repair import repair
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _HOMES = {
     "plan": "coppice.allocate",
     "prune": "coppice.loop",
     "removable": "coppice.modules",
+    "regulariser": "coppice.torch.regularise",
     "remove": "coppice.planning",
     "remove_modules": "coppice.planning",
     "repair": "coppice.torch.repair",
@@ -55,9 +57,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "CoppiceError", "MaskRecipe", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "hold_masks", "load", "load_sparse",
-    "mask", "measure", "plan", "prune", "removable", "remove", "remove_modules", "repair", "save_sparse", "score", "sensitivity", "take_in",
-    "verify",
+    "CoppiceError", "MaskRecipe", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "hold_masks", "load",
+    "load_sparse", "mask", "measure", "plan", "prune", "regulariser", "removable", "remove", "remove_modules", "repair", "save_sparse",
+    "score", "sensitivity", "take_in", "verify",
 ]  # fmt: skip
 
 

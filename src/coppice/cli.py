@@ -19,7 +19,7 @@ import typer
 
 import coppice
 from coppice import cli_latency, cli_masks, cli_modules
-from coppice.cli_masks import MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Sparsity
+from coppice.cli_masks import MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Regularise, Sparsity, Strength
 from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
@@ -223,6 +223,8 @@ def prune(
         bool | None, typer.Option("--freeze-norm/--train-norm", help="BatchNorm keeps its statistics while fine-tuning [train]")
     ] = None,
     augment: Annotated[Text, typer.Option("--augment", help="light, crop or none [light]")] = None,
+    regularise: Regularise = None,
+    strength: Strength = None,
     sparsity: Sparsity = None,
     nm: NofM = None,
     mask_criterion: MaskCriterion = None,

@@ -1,4 +1,4 @@
-"""The options of `coppice prune` that make single weights zero."""
+"""The options of `coppice prune` that shrink weights while training, and that make single weights zero."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+Regularise = Annotated[
+    str | None,
+    typer.Option("--regularise", help="shrink before the cut: group-lasso, slimming, l1, l2 or growing [don't]", metavar="KIND"),
+]
+Strength = Annotated[str | None, typer.Option("--strength", help="of it: auto, or a number [auto]")]
 Sparsity = Annotated[float | None, typer.Option("--sparsity", help="share of single weights to make zero, such as 0.9 [none]")]
 NofM = Annotated[str | None, typer.Option("--nm", help="of every M weights along the input N stay, such as 2:4 [none]", metavar="N:M")]
 MaskCriterion = Annotated[

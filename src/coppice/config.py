@@ -23,6 +23,7 @@ from coppice.preprocess import Preprocess
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
 
+REGULARISATIONS = ("group-lasso", "slimming", "l1", "l2", "growing")
 MEASURED = "measured"  # how many indices of each axis go is decided by what each cut does to the outputs, whatever the criterion
 _MOST_THREADS = 1024  # not what this machine has: a run is repeated with the threads it was made with, and far more crash PyTorch
 DISTILL = 0.9  # a loop always has the dense model at hand, and its soft labels are worth more than they cost
@@ -54,6 +55,8 @@ class RunConfig:
     calibration: int = 512  # training images for the scores and the repair
     repair: bool = True  # refit the layers after a cut
     stop_early: bool = False  # end fine-tuning after the epoch that holds max_drop on validation
+    regularise: str = ""  # coppice.torch.regularise: shrink before the cut, for the first half of the epochs; "": don't
+    strength: str = "auto"  # of it: "auto" or a number
     masks: MaskRecipe = MaskRecipe()  # single weights that become zero after the structured cuts; by itself: instead of them
     recipe: Recipe = field(default_factory=lambda: Recipe(distill=DISTILL))
     seed: int = 0
@@ -114,6 +117,14 @@ def _check(config: RunConfig) -> None:
     bounds += [
         (not config.stop_early or config.max_drop is not None, "--stop-early ends when the floor holds: give one with --max-drop"),
         (
+            config.regularise in ("", *REGULARISATIONS),
+            f"--regularise {config.regularise}: choose one of {', '.join(REGULARISATIONS)}",
+        ),
+        (not config.regularise or bool(config.target), f"--regularise {config.regularise}: it shrinks towards a --target, give one"),
+        (not config.regularise or config.recipe.epochs > 0, f"--regularise {config.regularise}: it needs --epochs to work in"),
+        (config.strength == "auto" or bool(config.regularise), f"--strength {config.strength}: say of what with --regularise"),
+        (_is_strength(config.strength), f"--strength {config.strength}: write auto, or a number above 0"),
+        (
             config.aggregation == "sum" or config.criterion != AUTO,
             f"--aggregation {config.aggregation}: it goes with one criterion, name it with --criterion",
         ),
@@ -126,6 +137,13 @@ def _check(config: RunConfig) -> None:
         if not holds:
             raise CoppiceError(message)
     check_options(TRIED[0] if config.criterion == AUTO else config.criterion, config.aggregation, config.normalization)
+
+
+def _is_strength(text: str) -> bool:
+    try:
+        return text == "auto" or 0 < float(text) < 1e6
+    except ValueError:
+        return False
 
 
 def _check_types(given: Mapping[str, Any], default: Any, where: str) -> Mapping[str, Any]:

@@ -47,6 +47,7 @@ def finish(bench: Workbench, history: Sequence[Snapshot], reached: Snapshot, met
         "pruned": {**pruned_test, **reached.cost, "val": dict(reached.val)},
         "target": {**bench.run.config.target.to_dict(), "max_drop": bench.run.config.max_drop},
         "latency": _latency(bench, plan, reached),
+        "regularised": reached.regularised,
         "masks": masks,
         "drop": {"val": history[0].top1 - reached.top1, "test": dense_test["top1"] - pruned_test["top1"]},
         "met": met,

@@ -38,6 +38,7 @@ from coppice.models import load_model, one_line
 from coppice.pictures import check_renderer
 from coppice.planning import Plan
 from coppice.progress import Progress, Silent
+from coppice.regularise_stage import regularised
 from coppice.run import CONFIG, METRICS, PLAN, Json, Run, check_manifest, check_out, create_run, load, read_json, resume_run
 from coppice.seeding import seeded
 from coppice.stages import (
@@ -266,14 +267,20 @@ def _with_masks(bench: Workbench, history: list[Snapshot], now: Snapshot) -> Sna
 def _towards_target(bench: Workbench, history: list[Snapshot]) -> Snapshot:
     """Cut to the target, then fine-tune again for as long as the floor is not held and it helps."""
     config = bench.run.config
-    return _approach(bench, "", history, config.target.resolve(bench.cost), config.steps, config.recipe.epochs, config.rounds)
+    budgets, epochs = config.target.resolve(bench.cost), config.recipe.epochs
+    if not config.regularise:
+        return _approach(bench, "", history, budgets, config.steps, epochs, config.rounds)
+    before = -(-epochs // 2)  # as many epochs in all as without it
+    _noted(bench, history, regularised(bench, "regularised", history[0], before, budgets))
+    return _approach(bench, "", history, budgets, config.steps, epochs - before, config.rounds)
 
 
 def _approach(
     bench: Workbench, prefix: str, history: list[Snapshot], budgets: Mapping[str, float], steps: int, epochs: int, rounds: int
 ) -> Snapshot:
-    """From the dense model to `budgets` in `steps` cuts, with most of the epochs after the last one."""
-    dense = now = history[0]
+    """From the dense model, or what regularised training made of it, to `budgets` in `steps` cuts; most epochs after the last."""
+    dense = history[0]
+    now = history[-1] if history[-1].stage == "regularised" else dense
     between = epochs // (steps + 1)
     for step in range(1, steps + 1):
         now = _noted(bench, history, cut(bench, f"{prefix}cut {step}", now, interpolate(budgets, bench.cost, step / steps)))

@@ -39,7 +39,7 @@ from coppice.torch.capture import capture
 from coppice.torch.masking import Held, unpacked
 from coppice.torch.program import is_held_out, of_one_shape
 from coppice.torch.verify import verify
-from coppice.train import EpochResult, fine_tune, pick_precision
+from coppice.train import EpochResult, fine_tune, fitting, pick_precision, steps_per_epoch
 from coppice.verification import Verification
 
 REPAIRED_AT_ONCE = 32  # images in step: few enough for large maps to fit in memory, many enough for small ones to keep a core busy
@@ -81,6 +81,7 @@ class Snapshot:
     recovery: Mapping[str, Any] | None = None
     latency: Mapping[str, Any] | None = None
     training: Sequence[Mapping[str, Any]] = ()
+    regularised: Mapping[str, Any] | None = None  # the kind, its strength, and how far it came
     masks: Mapping[str, Any] | None = None  # `coppice.masks.Sparsity`, and how the zeros were chosen
 
     @property
@@ -157,6 +158,7 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
                 max_error=max(before.max_error, chosen.verification.max_error),
                 recovery=asdict(chosen.recovery) | {"criterion": chosen.criterion},
                 latency=chosen.on_time.to_dict() if chosen.on_time else None,
+                regularised=before.regularised,
             )
         )
 
@@ -336,6 +338,11 @@ def trained(
             enough=lambda result: result.val_top1 >= enough,
             along=along,
         )
+
+
+def steps_of(bench: Workbench) -> int:
+    """Steps of the optimiser in an epoch of the run's recipe."""
+    return steps_per_epoch(bench.data, fitting(bench.data, bench.run.config.recipe))
 
 
 def test_metrics(bench: Workbench, snapshot: Snapshot) -> Json:

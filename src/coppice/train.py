@@ -67,9 +67,8 @@ def fine_tune(
     """
     if recipe.taught and teacher is None:
         raise CoppiceError("distillation needs the dense model as the teacher: pass it, or set distill and features to 0")
-    if isinstance(data, ImageData):  # the rate goes with the images that really are in a batch
-        recipe = replace(recipe, batch_size=max(2, min(recipe.batch_size, len(data.train))))
-    steps = _steps_per_epoch(data, recipe)
+    recipe = fitting(data, recipe)
+    steps = steps_per_epoch(data, recipe)
     facts = _resume_facts(checkpoint, recipe, seed, steps)
     x, y = _first_batch(data, recipe, device_of(model))
     precision = facts["precision"] or (pick_precision(model, (x, y)) if recipe.precision == "auto" else recipe.precision)
@@ -101,6 +100,11 @@ def fine_tune(
         if average is not None and history:
             model.load_state_dict(average.module.state_dict())
     return history
+
+
+def fitting(data: ImageData | Loaders, recipe: Recipe) -> Recipe:
+    """The recipe with a batch no larger than the data: the learning rate goes with the images that really are in a batch."""
+    return replace(recipe, batch_size=max(2, min(recipe.batch_size, len(data.train)))) if isinstance(data, ImageData) else recipe
 
 
 def freeze_norms(model: nn.Module) -> None:
@@ -206,7 +210,8 @@ class _Run:
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def _steps_per_epoch(data: ImageData | Loaders, recipe: Recipe) -> int:
+def steps_per_epoch(data: ImageData | Loaders, recipe: Recipe) -> int:
+    """Raises CoppiceError where a user's loader has no length, or no batch."""
     if isinstance(data, ImageData):
         return max(1, len(data.train) // recipe.batch_size)  # a last, smaller batch is left out: the next epoch has another order
     try:
@@ -226,7 +231,7 @@ def _train_batches(
         return
     transform = make_augmentation(recipe.augment, data.input_shape, pad=recipe.crop_pad, mirror=data.mirror)
     order: Sequence[int] = generator(seed, "order", epoch).permutation(len(data.train)).tolist()
-    order = order[: _steps_per_epoch(data, recipe) * recipe.batch_size]
+    order = order[: steps_per_epoch(data, recipe) * recipe.batch_size]
     for step, (images, labels) in enumerate(raw_batches(data.train, order, recipe.batch_size)):
         images = augment_batch(images, transform, seed, epoch, step)
         yield data.preprocess.normalise(images.to(device)), labels.to(device)
