@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from coppice.modules import removable
     from coppice.planning import Plan, remove, remove_modules
     from coppice.run import load
+    from coppice.schedules import rewind, train_and_prune
     from coppice.sparse_file import load_sparse, save_sparse
     from coppice.timing import measure
     from coppice.torch.masking import hold_masks, mask, take_in
@@ -49,17 +50,19 @@ _HOMES = {
     "remove": "coppice.planning",
     "remove_modules": "coppice.planning",
     "repair": "coppice.torch.repair",
+    "rewind": "coppice.schedules",
     "save_sparse": "coppice.sparse_file",
     "score": "coppice.criteria",
     "sensitivity": "coppice.curves",
     "take_in": "coppice.torch.masking",
+    "train_and_prune": "coppice.schedules",
     "verify": "coppice.front_ends",
 }
 
 __all__ = [
     "CoppiceError", "MaskRecipe", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "hold_masks", "load",
-    "load_sparse", "mask", "measure", "plan", "prune", "regulariser", "removable", "remove", "remove_modules", "repair", "save_sparse",
-    "score", "sensitivity", "take_in", "verify",
+    "load_sparse", "mask", "measure", "plan", "prune", "regulariser", "removable", "remove", "remove_modules", "repair", "rewind",
+    "save_sparse", "score", "sensitivity", "take_in", "train_and_prune", "verify",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import typer
 
 Regularise = Annotated[
     str | None,
-    typer.Option("--regularise", help="shrink before the cut: group-lasso, slimming, l1, l2 or growing [don't]", metavar="KIND"),
+    typer.Option("--regularise", help="shrink before the cut: group-lasso, slimming, l1, l2, growing or soft [don't]", metavar="KIND"),
 ]
 Strength = Annotated[str | None, typer.Option("--strength", help="of it: auto, or a number [auto]")]
 Sparsity = Annotated[float | None, typer.Option("--sparsity", help="share of single weights to make zero, such as 0.9 [none]")]

@@ -23,7 +23,7 @@ from coppice.preprocess import Preprocess
 from coppice.targets import Target, parse_target
 from coppice.train import Recipe
 
-REGULARISATIONS = ("group-lasso", "slimming", "l1", "l2", "growing")
+REGULARISATIONS = ("group-lasso", "slimming", "l1", "l2", "growing", "soft")
 MEASURED = "measured"  # how many indices of each axis go is decided by what each cut does to the outputs, whatever the criterion
 _MOST_THREADS = 1024  # not what this machine has: a run is repeated with the threads it was made with, and far more crash PyTorch
 DISTILL = 0.9  # a loop always has the dense model at hand, and its soft labels are worth more than they cost

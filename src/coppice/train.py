@@ -54,6 +54,8 @@ def fine_tune(
     on_epoch: Callable[[EpochResult], None] | None = None,
     enough: Callable[[EpochResult], bool] | None = None,
     along: Along | None = None,
+    span: tuple[int, int] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[EpochResult]:
     """Train `model` in place on data.train, judging each epoch on data.val; returns what every epoch gave.
 
@@ -63,6 +65,7 @@ def fine_tune(
     fp32 with the same number of threads the result equals an undisturbed run's bit for bit.
     `progress` is told the steps done and in all, `on_epoch` each epoch's result; an epoch that is `enough` is the last.
     `along` goes with every step (masks, a regulariser); it must have been made for `model`.
+    `span`: only the epochs after the first number up to the second, of all that the recipe has; with `optimizer` as it was then.
     Raises CoppiceError if the loss is not finite, the recipe needs a teacher, or the checkpoint is of another run.
     """
     if recipe.taught and teacher is None:
@@ -75,7 +78,7 @@ def fine_tune(
     recipe = replace(recipe, precision=precision)
     layout = training_layout(model, x, y)
     model.to(memory_format=layout)
-    optimizer = make_optimizer(model, recipe)
+    optimizer = optimizer or make_optimizer(model, recipe)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema > 0 else None
     history = [EpochResult(**result) for result in facts["history"]]
     if checkpoint is not None and history:
@@ -88,7 +91,8 @@ def fine_tune(
             stack.enter_context(weights_in(teacher, layout))
         features = stack.enter_context(Features(model, teacher, plan)) if teacher is not None and recipe.features > 0 else None
         run = _Run(model, average, teacher, features, data, recipe, optimizer, layout, seed, steps, progress, along)
-        for epoch in range(len(history) + 1, recipe.epochs + 1):
+        first, last = span or (0, recipe.epochs)
+        for epoch in range(first + len(history) + 1, last + 1):
             if history and enough is not None and enough(history[-1]):
                 break
             history.append(run.epoch(epoch))

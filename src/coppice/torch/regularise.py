@@ -4,7 +4,8 @@ After every step of the optimiser the weights take a proximal step of a penalty:
 loss. `group-lasso`: over everything an index touches (filters, norms, consumers), by its norm (Wen et al., Structured Sparsity Learning,
 NIPS 2016; Fang et al., DepGraph, CVPR 2023). `slimming`: |gamma| of the BatchNorms (Liu et al., Network Slimming, ICCV 2017). `l1`, `l2`:
 every weight on an axis that can be cut. `growing`: a rising L2 on the indices that are to go, chosen at the start (Wang et al., Neural
-Pruning via Growing Regularization, ICLR 2021).
+Pruning via Growing Regularization, ICLR 2021). `soft`: the filters of the indices that would go now are set to zero every so often and
+may grow back (He et al., Soft Filter Pruning, IJCAI 2018).
 
 Strengths are relative: 1 shrinks an index by its axis's mean norm over the whole training, if the loss does not hold it. `auto` is twice
 what takes the last index that has to go for the target down to zero.
@@ -27,6 +28,7 @@ from coppice.config import REGULARISATIONS
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.graph import Kind
+from coppice.masks import sites
 from coppice.planning import Plan
 from coppice.planning import make_plan as plan_that_keeps
 from coppice.saliency import Array, Scores
@@ -35,6 +37,7 @@ from coppice.torch.trees import named_tensors
 NEAR_ZERO = 0.05  # of its axis's mean norm at the start: an index below that is as good as gone
 _SPARED = 0.05  # of the indices that have to go may be above the automatic strength: a few outliers must not set it for all
 _SPREAD = 4.0
+_SOFT_CUTS = 20  # of soft pruning, over the whole training
 _MARGIN = 2.0  # times the strength that would do if the loss held nothing
 _GROWN = 8.0  # what is to go is down to exp(-8) of itself at the end of a growing regularisation of strength 1, if the loss holds nothing
 
@@ -79,7 +82,7 @@ class Regulariser:
         self._ends = np.cumsum([0, *(axis.width for axis in coupling.prunable)])
         self._sites = _sites(model, coupling, self._ends)
         gammas = _gammas(coupling)
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = self._names = {id(p): name for name, p in model.named_parameters()}
         self._scored = [s for s in self._sites if kind != "slimming" or names[id(s.parameter)] in gammas]
         self._parameters = list({id(s.parameter): s.parameter for s in self._scored}.values())
         if not self._scored:
@@ -111,6 +114,10 @@ class Regulariser:
         if self.kind == "growing":
             rising = self.strength * _GROWN * 2 * (done + 1) / self._steps**2
             self._scale(torch.where(self._chosen(), 1 / (1 + rising), 1.0).to(self._means.dtype))
+            return
+        if self.kind == "soft":
+            if (done + 1) % max(1, self._steps // _SOFT_CUTS) == 0:
+                self._scale_filters((self._pressure(self._norms()) < 1).to(self._means.dtype))
             return
         share = (1 + math.cos(math.pi * min(1.0, (done + 0.5) / self._steps))) / self._steps
         norms = self._norms()
@@ -187,6 +194,13 @@ class Regulariser:
         for site in self._scored:
             site.scale(factors)
 
+    def _scale_filters(self, factors: Tensor) -> None:
+        """What makes an index, and neither its scale nor what reads it: so that gradients can bring it back."""
+        reads = {site.name: site.along for site in sites(self._coupling)[0]}
+        for site in self._scored:
+            if site.parameter.dim() > 1 and site.dim != reads.get(self._names[id(site.parameter)], -1):
+                site.scale(factors)
+
     def _chosen(self) -> Tensor:
         if self._going is None:
             raise CoppiceError("growing regularisation has to know what is to go: give it a target")
@@ -198,7 +212,7 @@ class Regulariser:
         return torch.from_numpy(np.concatenate(gone))
 
     def _automatic(self) -> float:
-        if self.kind == "growing":
+        if self.kind in ("growing", "soft"):
             return 1.0
         if self.kind == "l2":
             return _GROWN  # it never takes anything to zero: as far down as growing does
@@ -229,7 +243,7 @@ def regulariser(
     given = None if strength == "auto" else read_strength(strength)
     if not coupling.prunable:
         raise CoppiceError("no axis of this model can be cut, so there is nothing to regularise")
-    if not target and (given is None or kind == "growing"):
+    if not target and (given is None or kind in ("growing", "soft")):
         raise CoppiceError(f"{kind} with the strength {strength} has to know how much is to go: give it a target")
     if not target:
         return Regulariser(model, coupling, kind, given, steps)

@@ -1,0 +1,103 @@
+"""When to cut: in the midst of a training that goes on with the smaller model, and what to go on from after a cut.
+
+`train_and_prune` cuts before the training is over, so that the rest of it is cheaper; the optimiser's state and the learning rate go on.
+`rewind` puts back the values that the weights which stay had earlier: a lottery ticket. Learning-rate rewinding (Renda et al., ICLR 2020)
+needs no function: it is `coppice.train.fine_tune` on the cut model with the recipe of the first training.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from coppice.allocate import plan as make_plan
+from coppice.coupling import couple
+from coppice.criteria import batch_of, score
+from coppice.data import ImageData, Loaders, sample_batches
+from coppice.errors import CoppiceError
+from coppice.planning import Plan, compose
+from coppice.recipe import Recipe
+from coppice.stages import example_input, preprocessing
+from coppice.targets import Target, parse_target
+from coppice.torch.apply import apply, load_exactly, slice_optimizer_state
+from coppice.torch.capture import capture
+from coppice.torch.verify import verify
+from coppice.train import EpochResult, fine_tune, make_optimizer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The smaller model, the plan against the model that the training began with, and every epoch, with its seconds."""
+
+    model: nn.Module
+    plan: Plan | None
+    history: tuple[EpochResult, ...]
+    cut_after: tuple[int, ...]  # epochs
+
+
+def train_and_prune(
+    model: nn.Module,
+    data: ImageData | Loaders,
+    recipe: Recipe,
+    target: str | Mapping[str, str | float] | Target,
+    *,
+    at: Sequence[float] = (1 / 3,),
+    criterion: str = "l2",
+    round_to: int = 8,
+    min_width: int = 8,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    calibration: int = 512,
+    on_epoch: Callable[[EpochResult], None] | None = None,
+) -> Trained:
+    """Train a copy of `model` by `recipe` and cut it to `target` on the way, after the shares `at` of the epochs (several: in equal steps).
+
+    Each cut is verified; momentum is cut as the weights are, and the learning rate goes on as if there had been none. An average of the
+    weights (`recipe.ema`) begins anew after a cut. CoppiceError where a share leaves no epoch before or after it, or a target can't be met.
+    """
+    wanted = parse_target(target)
+    if not wanted or wanted.setting is not None:
+        raise CoppiceError("a cut in the midst of a training needs a target of MACs, parameters or bytes, such as macs=0.5")
+    ends = [round(share * recipe.epochs) for share in at]
+    if not ends or sorted(set(ends)) != ends or ends[0] < 1 or ends[-1] >= recipe.epochs:
+        raise CoppiceError(
+            f"cuts after {', '.join(map(str, ends))} of {recipe.epochs} epochs: there must be an epoch before and after each"
+        )
+    now, history, whole = copy.deepcopy(model), list[EpochResult](), None
+    optimizer = make_optimizer(now, recipe)
+    dense = couple(capture(now, (example_input(data),))).cost()
+    for k, (first, last) in enumerate(itertools.pairwise([0, *ends, recipe.epochs])):
+        plan = None if teacher is None else whole
+        span = (first, last)
+        history += fine_tune(now, data, recipe, teacher=teacher, plan=plan, seed=seed, on_epoch=on_epoch, span=span, optimizer=optimizer)
+        if last < recipe.epochs:
+            part = (k + 1) / len(ends)
+            budgets = {key: getattr(dense, key) * (b / getattr(dense, key)) ** part for key, b in wanted.resolve(dense).items()}
+            coupling = couple(capture(now.eval(), (example_input(data),)))
+            batches = sample_batches(data.train, preprocessing(data), images=calibration, seed=seed, batch_size=batch_of(criterion))
+            step = make_plan(coupling, score(now, coupling, criterion, batches, seed=seed), budgets, round_to=round_to, min_width=min_width)
+            smaller = apply(now, step)
+            verify(now, smaller, coupling, step)
+            fresh = make_optimizer(smaller, recipe)
+            fresh.load_state_dict(slice_optimizer_state(optimizer, now, smaller, step))
+            now, optimizer, whole = smaller, fresh, step if whole is None else compose(whole, step)
+    return Trained(now, whole, tuple(history), tuple(ends))
+
+
+def rewind(pruned: nn.Module, plan: Plan, model: nn.Module, earlier: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `pruned` whose weights have the values that they had in `earlier`, a state dict of the dense `model`.
+
+    What the plan removes stays removed and what it masks stays zero. Frankle and Carbin, The Lottery Ticket Hypothesis, ICLR 2019; early
+    in training instead of before it: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, ICML 2020.
+    """
+    before = copy.deepcopy(model)
+    if wrong := load_exactly(before, earlier):
+        raise CoppiceError(f"the earlier weights are not those of the dense model: {wrong}")
+    ticket = copy.deepcopy(pruned)
+    if wrong := load_exactly(ticket, apply(before, plan).state_dict()):
+        raise CoppiceError(f"the plan is not what made the pruned model: {wrong}")
+    return ticket
