@@ -203,6 +203,7 @@ def prune(
     rounds: Annotated[int | None, typer.Option("--rounds", help="fine-tunings while the floor does not hold [2]")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="probes of the bisection with --max-drop alone [5]")] = None,
     calibration: Calibration = None,
+    depth: Annotated[bool | None, typer.Option("--depth/--width-only", help="whole modules may go too [widths only]")] = None,
     repair: Annotated[bool | None, typer.Option("--repair/--no-repair", help="refit the layers after a cut [yes]")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="epochs of each fine-tuning, over all --steps [3]")] = None,
     optimizer: Annotated[Text, typer.Option("--optimizer", help="sgd or adamw [sgd]")] = None,

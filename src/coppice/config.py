@@ -53,6 +53,7 @@ class RunConfig:
     rounds: int = 2  # fine-tunings after the last cut, as long as the floor is not held
     trials: int = 5  # probes of the bisection, when only max_drop is given
     calibration: int = 512  # training images for the scores and the repair
+    depth: bool = False  # whole modules may go too
     repair: bool = True  # refit the layers after a cut
     stop_early: bool = False  # end fine-tuning after the epoch that holds max_drop on validation
     regularise: str = ""  # coppice.torch.regularise: shrink before the cut, for the first half of the epochs; "": don't

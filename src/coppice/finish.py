@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from coppice.config import dump_config
+from coppice.coupling import couple
 from coppice.data import ImageData
 from coppice.errors import VerificationError
 from coppice.export import RTOL, ExportError, export_onnx
@@ -26,6 +27,7 @@ from coppice.run import CONFIG, METRICS, MODEL, ONNX, PLAN, REPORT, SPARSE, Json
 from coppice.sparse_file import load_sparse, save_sparse
 from coppice.stages import Snapshot, Workbench, example_input, materialise, same_bits, test_metrics
 from coppice.torch.apply import apply, build
+from coppice.torch.capture import capture
 from coppice.torch.trees import named_tensors
 from coppice.torch.verify import verify
 
@@ -55,6 +57,7 @@ def finish(bench: Workbench, history: Sequence[Snapshot], reached: Snapshot, met
         "statement": statement,
         "verification": {"checks": checks + held + onnx, "max_error": reached.max_error},
         "history": [_step(bench, snapshot) for snapshot in history],
+        "modules": plan.modules,
         "classes": _classes(bench, len(dense_test["per_class"])),
         "input": [1, *example_input(bench.data).shape[1:]],
         "notes": notes,
@@ -69,8 +72,9 @@ def _latency(bench: Workbench, plan: Plan, reached: Snapshot) -> Json | None:
     if bench.clock is None or reached.latency is None or bench.cost.latency is None:
         return None
     found = latency_model(bench.coupling, bench.clock.setting, bench.cost.latency, bench.run.config.min_width)
-    before, after = found.layers(), found.layers(kept_widths(bench.coupling, plan))
-    layers = [(name, seconds, after[name]) for name, seconds in before.items()]
+    before = found.layers()
+    after = _layers_without(bench, reached) if plan.modules else found.layers(kept_widths(bench.coupling, plan))
+    layers = [(name, seconds, after.get(name, 0.0)) for name, seconds in before.items()]
     said = {"dense": bench.cost.latency, "unexplained": found.unexplained, "grid": found.grid, "layers": layers}
     return {**reached.latency, **said}
 
@@ -90,6 +94,13 @@ def _masked(bench: Workbench, plan: Plan, model: nn.Module, reached: Snapshot) -
     size, dense = path.stat().st_size, (bench.run.path / MODEL).stat().st_size
     checks = [f"every weight that the plan masks is zero, in {len(plan.weight_masks)} tensors", f"{SPARSE} loaded again: the same bits"]
     return {**reached.masks, "file_bytes": size, "dense_file_bytes": dense}, checks
+
+
+def _layers_without(bench: Workbench, reached: Snapshot) -> dict[str, float]:
+    """What each layer takes where modules are gone: that model has other ops, so a latency model of its own."""
+    assert bench.clock is not None
+    here = couple(capture(materialise(bench, reached), (example_input(bench.data),)))
+    return latency_model(here, bench.clock.setting, reached.cost["latency"], bench.run.config.min_width).layers()
 
 
 def _check_whole_plan(bench: Workbench, plan: Plan) -> list[str]:
@@ -159,7 +170,7 @@ def _write(bench: Workbench, plan: Plan, metrics: Json) -> None:
         title=f"{name}, {metrics['pruned']['macs'] / metrics['dense']['macs']:.3f} of the MACs"
         + (f", {config.masks}" if config.masks else ""),
         metrics=metrics,
-        widths=[AxisWidth(axis.name, axis.width, len(axis.keep)) for axis in plan.axes],
+        widths=[AxisWidth(axis.name, axis.width, len(axis.keep)) for cut in plan.cuts for axis in cut.axes],
         pins=bench.coupling.pins,
         config=(folder / CONFIG).read_text(encoding="utf-8") if (folder / CONFIG).exists() else dump_config(config),
     )

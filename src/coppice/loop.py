@@ -27,7 +27,8 @@ from coppice.criteria import batch_of, score
 from coppice.curves import Sensitivity, sensitivity
 from coppice.data import ImageData, Loaders, check_classes, load_data, sample_batches
 from coppice.deadline import SLACK, feasible_prices
-from coppice.errors import CoppiceError
+from coppice.depth_search import worthwhile
+from coppice.errors import CoppiceError, UnreachableError
 from coppice.finish import finish
 from coppice.floor import has_seen_validation
 from coppice.forward import device_of, logits
@@ -205,7 +206,11 @@ def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
             cost, prices, grid = replace(cost, latency=seconds), found.prices, found.grid
         budgets = config.target.resolve(cost)
         control = score(dense, coupling, "random", None, None, config.seed)  # reaching a budget depends on widths, not on what is kept
-        make_plan(coupling, control, budgets, round_to=math.lcm(config.round_to, grid), min_width=config.min_width, prices=prices)
+        try:
+            make_plan(coupling, control, budgets, round_to=math.lcm(config.round_to, grid), min_width=config.min_width, prices=prices)
+        except UnreachableError:
+            if not (config.depth and worthwhile(coupling)):  # what modules save as well shows once they are gone
+                raise
 
 
 def count_outputs(dense: nn.Module, data: Data) -> int:

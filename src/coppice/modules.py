@@ -22,10 +22,9 @@ from coppice.flow import Constant, Flow, Source
 from coppice.graph import Kind, ModuleCall, Op
 from coppice.merges import merges
 from coppice.pools import pools
-from coppice.removals import Edit, Removable, leaves_something
+from coppice.removals import PRODUCTS, Edit, Removable, leaves_something
 
 ATTENTION = ("attention", "bmm")
-PRODUCTS = ("conv", "pointwise_conv", "conv_transpose", "mm", "bmm", "attention", "lstm")  # rules of what is worth removing
 
 
 def removable(coupling: Coupling) -> list[Removable]:
@@ -158,8 +157,19 @@ class Finder:
             dead = self.flow.dead({version: Constant.NOTHING})
             emptied = tuple(dict.fromkeys(atoms(self.coupling.dims[self.flow.value[version]][dim])))
             if self._is_worth(dead) and self._can_empty(emptied, dead):
-                edit = self.constant(version, Constant.NOTHING, dead)
+                edit = self.constant(self._before_code(version), Constant.NOTHING, dead)
                 yield None if edit is None else self.candidate({version: Constant.NOTHING}, [edit], "branch", emptied=emptied)
+
+    def _before_code(self, version: int) -> int:
+        """What a module gives that ``version`` is made of by functions of one number each in the code, which leave nothing nothing."""
+        while not any(call.bare and self.gives(call, version) for call in self.calls):
+            k = self.flow.made_by[version]
+            if k is None or self.graph.ops[k].rule != "pointwise" or len(self.flow.reads[k]) != 1:
+                break
+            if self.flow.only_use(self.flow.reads[k][0]) is None:
+                break
+            version = self.flow.reads[k][0]
+        return version
 
     def _can_empty(self, emptied: tuple[Axis, ...], dead: frozenset[int]) -> bool:
         """Whether nothing else would be left without any index."""

@@ -11,6 +11,8 @@ from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.flow import Source
 
+PRODUCTS = ("conv", "pointwise_conv", "conv_transpose", "mm", "bmm", "attention", "lstm")  # rules of what is worth removing
+
 
 @dataclass(frozen=True, slots=True)
 class Edit:

@@ -6,6 +6,7 @@ Each stage begins from what the stages before it left on disk and ends by writin
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from coppice.coupling import Coupling, couple
 from coppice.criteria import AUTO, CRITERIA, TRIED, measure, score
 from coppice.data import ImageData, Loaders, batches, sample_batches
 from coppice.deadline import Clock, OnTime, plan_on_time, start_clock
-from coppice.errors import CoppiceError
+from coppice.depth_search import shallower
+from coppice.errors import CoppiceError, UnreachableError
 from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
 from coppice.latency import LatencyModel, latency_model
 from coppice.planning import Plan, compose, kept_widths
@@ -144,7 +146,7 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
         chosen = _best_cut(bench, name, model, coupling, budgets, predictor)
         whole = compose(Plan.from_json(before.plan), chosen.plan) if before.plan else chosen.plan
         seconds = chosen.on_time.timed.seconds if chosen.on_time else None
-        cost = replace(bench.coupling.cost(kept_widths(bench.coupling, whole)), latency=seconds)
+        cost = replace(_cost(bench, whole, chosen.model), latency=seconds)
         state = bench.run.save_state(name, chosen.model.state_dict())
         val = validate(bench, chosen.model, name)
         return asdict(
@@ -163,6 +165,13 @@ def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, flo
         )
 
     return as_snapshot(bench.run.stage(name, work))
+
+
+def _cost(bench: Workbench, plan: Plan, model: nn.Module) -> Cost:
+    """What ``model``, which ``plan`` made, costs."""
+    if plan.removed is not None or plan.then is not None:
+        return couple(capture(model, (example_input(bench.data),))).cost()
+    return bench.coupling.cost(kept_widths(bench.coupling, plan))
 
 
 @dataclass(frozen=True)
@@ -218,22 +227,71 @@ def _cut_by(
     predictor: LatencyModel | None,
 ) -> _Cut:
     """The better of two plans: losses that were measured axis by axis don't add up exactly, so both ways of adding them are tried."""
-    config = bench.run.config
-    with bench.progress.bar(f"{name}: scoring by {criterion}"):
-        images = _calibration(bench, CRITERIA[criterion].batch or 1)
-        scores = score(model, coupling, criterion, images, F.cross_entropy, config.seed, config.aggregation, config.normalization)
-    measured = config.allocation == MEASURED
-    if measured and criterion != "obs":  # whose scores are measured losses already
-        with bench.progress.bar(f"{name}: measuring what each axis can lose"):
-            scores = measure(model, coupling, scores, _calibration(bench, REPAIRED_AT_ONCE), config.seed)
-    cuts = []
-    for step, on_time in _plans(bench, name, model, coupling, scores, budgets, predictor):
+    scores = _scores(bench, name, criterion, model, coupling)
+
+    def made(step: Plan, on_time: OnTime | None) -> _Cut:
         with bench.progress.bar(f"{name}: building and verifying"):
             pruned = apply(model, step)
             verification = verify(model, pruned, coupling, step)
         with bench.progress.bar(f"{name}: repairing"):
-            cuts.append(_Cut(criterion, step, *_repaired(bench, model, pruned, coupling, step), verification, on_time))
+            return _Cut(criterion, step, *_repaired(bench, model, pruned, coupling, step), verification, on_time)
+
+    ways = (False, True) if scores.additive else (False,)  # only losses can be looked back at
+    try:
+        cuts = [made(*found) for found in _plans(bench, name, model, coupling, scores, budgets, predictor, ways)]
+    except UnreachableError as error:
+        if not bench.run.config.depth:
+            raise
+        cuts, out_of_reach = [], error
+    if bench.run.config.depth:
+        cuts += _shallower_cuts(bench, name, criterion, model, coupling, scores, budgets, predictor, made)
+    if not cuts:
+        raise out_of_reach
     return min(cuts, key=lambda cut: cut.loss)
+
+
+def _scores(bench: Workbench, name: str, criterion: str, model: nn.Module, coupling: Coupling) -> Scores:
+    config = bench.run.config
+    with bench.progress.bar(f"{name}: scoring by {criterion}"):
+        images = _calibration(bench, CRITERIA[criterion].batch or 1)
+        scores = score(model, coupling, criterion, images, F.cross_entropy, config.seed, config.aggregation, config.normalization)
+    if config.allocation == MEASURED and criterion != "obs":  # whose scores are measured losses already
+        with bench.progress.bar(f"{name}: measuring what each axis can lose"):
+            scores = measure(model, coupling, scores, _calibration(bench, REPAIRED_AT_ONCE), config.seed)
+    return scores
+
+
+def _shallower_cuts(
+    bench: Workbench,
+    name: str,
+    criterion: str,
+    model: nn.Module,
+    coupling: Coupling,
+    scores: Scores,
+    budgets: Mapping[str, float],
+    predictor: LatencyModel | None,
+    made: Callable[[Plan, OnTime | None], _Cut],
+) -> list[_Cut]:
+    """The same budgets by fewer modules and wider layers, for as long as the next such cut is better than the one before."""
+    images = of_one_shape(x for x, _ in _calibration(bench, REPAIRED_AT_ONCE))
+    cuts: list[_Cut] = []
+    with bench.progress.bar(f"{name}: measuring what the model loses with each module") as advance:
+        found = shallower(
+            model, coupling, images, budgets, lambda m, c: _scores(bench, name, criterion, m, c), scores, predictor, bench.clock,
+            bench.run.config.min_width, advance,
+        )  # fmt: skip
+        first = next(found, None)
+    for shallow in () if first is None else itertools.chain((first,), found):
+        try:
+            ((step, on_time),) = _plans(bench, name, shallow.model, shallow.coupling, shallow.scores, budgets, shallow.predictor, (False,))
+        except UnreachableError:
+            continue
+        cuts.append(made(replace(step, removed=shallow.removed), on_time))
+        gone = f"without {', '.join(shallow.removed.names)}"
+        bench.progress.say(f"{name}: {gone}: distance from the dense outputs {cuts[-1].loss:.3f} (held out)")
+        if len(cuts) > 1 and cuts[-1].loss > cuts[-2].loss:
+            break
+    return cuts
 
 
 def _plans(
@@ -244,12 +302,13 @@ def _plans(
     scores: Scores,
     budgets: Mapping[str, float],
     predictor: LatencyModel | None,
+    ways: Sequence[bool],
 ) -> list[tuple[Plan, OnTime | None]]:
-    """The greedy plan, and the one that looks back, if it is another; where milliseconds are asked for, each as it was timed."""
+    """For each of ``ways`` the plan that looks back (True) or does not, if it is another one; for milliseconds, each as it was timed."""
     config = bench.run.config
     allocation = "global" if config.allocation == MEASURED else config.allocation
     found: list[tuple[Plan, OnTime | None]] = []
-    for spare in (False, True) if scores.additive else (False,):  # only losses can be looked back at
+    for spare in ways:
         if bench.clock is None or predictor is None:
             found.append((make_plan(coupling, scores, budgets, allocation, config.round_to, config.min_width, spare), None))
             continue

@@ -48,9 +48,8 @@ def without_modules(model: nn.Module, removed: Removal) -> nn.Module:
         if found:
             masks[name] = [found.get(dim, np.ones(size, bool)) for dim, size in enumerate(tensor.shape)]
     shallow = _edited_copy(model, masks, removed.columns, removed.attributes)
-    made = {
-        edit.path: stand_in(shallow, edit) for edit in removed.edits
-    }  # all of them before any is in its place: a merged one reads others
+    # All of them before any is in its place: a merged one reads others.
+    made = {edit.path: stand_in(shallow, edit) for edit in removed.edits}
     for path, module in made.items():
         parent, _, name = path.rpartition(".")
         module.training = shallow.get_submodule(path).training
