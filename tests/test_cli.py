@@ -401,5 +401,15 @@ def test_modules_that_can_go_are_listed(capfd: pytest.CaptureFixture[str]) -> No
     found = {row["name"]: row for row in json.loads(capfd.readouterr().out)["modules"]}
     assert found["layer1.0"]["kind"] == "residual"
     assert found["layer1.0"]["params"] == 2 * (64 * 64 * 9 + 2 * 64)
-    assert run(["inspect", "--model", "torchvision:resnet18", "--input", "1,3,32,32", "--modules"]) == 0
-    assert "modules can go" in capfd.readouterr().out
+    assert run(["inspect", "--model", MODEL, "--input", "1,1,8,8", "--modules", "--data", "digits", "--score", "cosine"]) == 0
+    said = capfd.readouterr().out
+    assert "modules can go" in said
+    assert "score" in said
+    for wrong, sentence in (
+        (["--data", "digits"], "--data, --score and --runtime go with --modules: add it"),
+        (["--modules", "--score", "cosine"], "--score needs images: name the data with --data"),
+        (["--modules", "--data", "digits", "--score", "size"], "unknown score 'size' of modules"),
+        (["--modules", "--runtime", "abacus"], "abacus"),
+    ):
+        assert run(["inspect", "--model", MODEL, "--input", "1,1,8,8", *wrong]) == 2
+        assert sentence in capfd.readouterr().err

@@ -45,7 +45,7 @@ METRICS: dict[str, Any] = {
     ],
     "classes": ["aeroplane", "<script>alert(1)</script>", "unseen"],
     "input": [1, 3, 32, 32],
-    "notes": [],
+    "modules": {"layer1.2": "residual"}, "notes": [],
     "latency": None,
     "masks": None,
     "regularised": None,

@@ -84,6 +84,13 @@ def inspect(
     num_classes: NumClasses = None,
     axis: Annotated[Text, typer.Option("--axis", help="show what goes with this one", metavar="NAME")] = None,
     modules: Annotated[bool, typer.Option("--modules", help="list the modules that can go as a whole")] = False,
+    data: Annotated[Text, typer.Option("--data", help="with --modules: score them on its training images", metavar="PATH")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    resize: Resize = None,
+    score: Annotated[Text, typer.Option("--score", help="with --data: loss, error, cosine or taylor [loss]")] = None,
+    runtime: Annotated[Text, typer.Option("--runtime", help="with --modules: milliseconds on it, such as onnxruntime")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the axes of a model: what is coupled, what each share of the cost is, what moves together, what is pinned and why."""
@@ -106,8 +113,14 @@ def inspect(
     network = load_model(model, Path(weights) if weights else None, num_classes).eval()
     coupling = couple(capture(network, (example,)))
     if modules:
-        cli_modules.show(coupling, model, as_json)
+        given = {"data": data, "mean": mean, "std": std, "size": size, "resize": resize}
+        settings = _settings({key: value for key, value in given.items() if value is not None}, None)
+        scores = cli_modules.scored(network, coupling, settings, score) if data or score else {}
+        times = cli_modules.timed(network, coupling, runtime, shape[1:]) if runtime else {}
+        cli_modules.show(coupling, model, scores, times, as_json)
         return
+    if data or score or runtime:
+        raise CoppiceError("--data, --score and --runtime go with --modules: add it")
     found = {"model": model, "input": list(shape), **inspect_axes(coupling)}
     if axis is not None:
         _print_sites(coupling, axis, as_json)
