@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import coppice
 from coppice.data import load_data
 from coppice.demo import digits_net
-from coppice.depth_search import carried, prefixes, worthwhile
+from coppice.depth_search import STEPS, Priced, carried, cheapest, saved, worthwhile
 from coppice.errors import CoppiceError, UnreachableError
+from coppice.latency import latency_model
+from coppice.microbench import OpShape
+from coppice.optable import OpTable
 from coppice.preprocess import Preprocess
 from coppice.recipe import Recipe
 from coppice.run import check_manifest
 from coppice.seeding import seeded
+from coppice.timing import Setting
 from coppice.torch.module_scores import MEASURES, module_scores
 from coppice.torch.verify import randomise
 
@@ -90,12 +98,47 @@ def test_every_score_of_a_module_without_effect_is_the_least() -> None:
         module_scores(model, coupling, "size", images)
 
 
-def test_prefixes_save_their_shares_and_clash_with_nothing(model: torch.nn.Module) -> None:
+def test_the_cheapest_set_is_that_of_trying_all(model: torch.nn.Module) -> None:
     coupling = coppice.couple(coppice.capture(model, torch.zeros(1, 1, 8, 8)))
-    order = worthwhile(coupling)
-    assert {c.name for c in order} == {"residual", "narrow", "wide", "join"}
-    over = {"macs": 0.7 * coupling.cost().macs}
-    found = list(prefixes(order, over, None, coupling))
-    assert [len(gone) for gone in found] == sorted({len(gone) for gone in found})
-    assert sum(c.macs for c in found[0]) >= over["macs"] / 3
-    assert all(not {"narrow", "wide"} <= {c.name for c in gone} for gone in found)
+    found = worthwhile(coupling)
+    assert {c.name for c in found} == {"residual", "narrow", "wide", "join"}
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        spans = [tuple(sorted(rng.choice(30, 2, replace=False).tolist())) for _ in range(9)]
+        gains, losses = rng.uniform(0.05, 0.6, 9), rng.uniform(0, 1, 9)
+        priced = [
+            Priced(replace(found[0], name=str(k), span=span), float(gain), float(loss))
+            for k, (span, gain, loss) in enumerate(zip(spans, gains, losses, strict=True))
+        ]
+        best = min((sum(p.loss for p in some) for some in _disjoint(priced) if _enough(some)), default=None)
+        chosen = cheapest(priced, 1.0)
+        got = None if chosen is None else sum(p.loss for p in priced if p.candidate in chosen)
+        assert got == (None if best is None else pytest.approx(best))
+
+
+def _disjoint(priced: list[Priced]) -> Iterator[tuple[Priced, ...]]:
+    for count in range(len(priced) + 1):
+        for some in itertools.combinations(priced, count):
+            spans = sorted(p.candidate.span for p in some)
+            if all(a[1] <= b[0] for a, b in itertools.pairwise(spans)):
+                yield some
+
+
+def _enough(some: tuple[Priced, ...]) -> bool:
+    return sum(int(STEPS * p.gain) for p in some) >= STEPS
+
+
+@pytest.mark.usefixtures("busy_machine")
+def test_a_merge_saves_what_the_composed_layer_is_timed_to_take_less() -> None:
+    with seeded(0, "merge"):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16)).eval()
+    coupling = coppice.couple(coppice.capture(model, torch.zeros(1, 1, 8, 8)))
+    (merge,) = [c for c in coppice.removable(coupling) if c.kind == "merge"]
+    predictor = latency_model(coupling, Setting("onnxruntime", 1, 1), 1e-3)
+    table = OpTable.of_this_machine("onnxruntime", 1)
+    table.known |= {OpShape("linear", sizes).key(): seconds for sizes, seconds in (((1, 64, 16), 1e-4),)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpTable, "of_this_machine", lambda *_: table)
+        took = sum(price.evaluate({}) for price in predictor.ops)
+        scale = predictor.ops[0].scale
+        assert saved(merge, coupling, predictor)["latency"] == pytest.approx(1e-3 * (1 - scale * 1e-4 / took))

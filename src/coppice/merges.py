@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from coppice.flow import Source
 from coppice.graph import Kind, ModuleCall
 from coppice.pools import CONVOLUTIONS
-from coppice.removals import Edit, Removable
+from coppice.removals import Composed, Edit, Removable
 
 if TYPE_CHECKING:
     from coppice.modules import Finder
@@ -125,10 +125,12 @@ def _merged(finder: Finder, first: Linear, run: _Run, second: Linear) -> Removab
     if run.activation is not None:
         substitutes[run.activation[1]] = run.activation[0]
     edits += [Edit(path, "identity") for path in rest]
-    macs, params = _saved(finder, first, run, second)
+    whole = _composed(first, second)
+    macs, params = _saved(finder, first, run, second, whole)
     return Removable(
-        _joint_name(first.call.path, second.call.path), "merge", substitutes, frozenset(), tuple(edits), macs, params, first.op
-    )
+        _joint_name(first.call.path, second.call.path), "merge", substitutes, frozenset(), tuple(edits), macs, params, first.op,
+        composed=whole, span=(first.call.first, second.call.last),
+    )  # fmt: skip
 
 
 def _joint_name(first: str, second: str) -> str:
@@ -149,14 +151,21 @@ def _fits_at_the_border(first: Linear, run: _Run, second: Linear) -> bool:
     return place_by_place and not first.biased and not run.norms
 
 
-def _saved(finder: Finder, first: Linear, run: _Run, second: Linear) -> tuple[int, int]:
-    """MACs and parameters that one layer has fewer than the two."""
+def _composed(first: Linear, second: Linear) -> Composed:
     groups = first.groups if first.groups == second.groups else 1
-    kernel = [
-        a + (b - 1) * stride
-        for a, b, stride in zip(first.weight[2:], second.weight[2:], first.window["stride"] if first.window else (), strict=True)
-    ]
-    weight = second.weight[0] * (first.weight[1] * first.groups // groups) * math.prod(kernel)
+    inputs, outputs = first.weight[1] * first.groups // groups, second.weight[0] // groups
+    if first.window is None or second.window is None:
+        return Composed(first.op, second.op, 1, inputs, outputs, (), (), ())
+    strides, pads = first.window["stride"], first.window["padding"]
+    kernel = tuple(a + (b - 1) * s for a, b, s in zip(first.weight[2:], second.weight[2:], strides, strict=True))
+    stride = tuple(s * t for s, t in zip(strides, second.window["stride"], strict=True))
+    padding = tuple(p + s * q for p, s, q in zip(pads, strides, second.window["padding"], strict=True))
+    return Composed(first.op, second.op, groups, inputs, outputs, kernel, stride, padding)
+
+
+def _saved(finder: Finder, first: Linear, run: _Run, second: Linear, whole: Composed) -> tuple[int, int]:
+    """MACs and parameters that one layer has fewer than the two."""
+    weight = whole.groups * whole.outputs * whole.inputs * math.prod(whole.kernel)
     macs = sum(term.evaluate({}) for k in (first.op, second.op) for term in finder.coupling.ops[k].macs)
     before = math.prod(second.weight)
     own = sum(term.evaluate({}) for term in finder.coupling.ops[second.op].macs)
@@ -193,4 +202,4 @@ def _with_shortcut(finder: Finder, layer: Linear) -> Removable | None:
     edit = Edit(whole.path, "merged", {"of": steps, "shortcut": True})
     norm_sizes = sum(finder.sizes[f"{path}.{name}"] for path in norms for name in ("weight", "bias") if f"{path}.{name}" in finder.sizes)
     bias = (bool(norms) and not layer.biased) * layer.weight[0]
-    return Removable(f"{whole.path}:merge", "merge", {}, frozenset(), (edit,), 0, norm_sizes - bias, k)
+    return Removable(f"{whole.path}:merge", "merge", {}, frozenset(), (edit,), 0, norm_sizes - bias, k, span=(whole.first, whole.last))

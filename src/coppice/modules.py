@@ -264,7 +264,8 @@ class Finder:
         self.seen.add(key)
         name = edits[0].path if owner is None else f"{owner}:{kind}" if owner else kind
         macs, params = self._saved(dead, emptied)
-        return Removable(name, kind, substitutes, dead, tuple(edits), macs, params, min(dead), emptied)
+        span = (min(dead | covered), max(dead | covered) + 1)
+        return Removable(name, kind, substitutes, dead, tuple(edits), macs, params, min(dead), emptied, span=span)
 
     def _saved(self, dead: frozenset[int], emptied: tuple[Axis, ...]) -> tuple[int, int]:
         """MACs and parameters of the ops that go, and of the columns that go elsewhere."""

@@ -123,8 +123,9 @@ def _candidate(
 ) -> Removable:
     dead = finder.flow.dead(substitutes) | {k}
     return Removable(
-        call.path, "pool", substitutes, dead, (Edit(call.path, "identity"),), macs, 0, k, attributes=attributes, strides=strides
-    )
+        call.path, "pool", substitutes, dead, (Edit(call.path, "identity"),), macs, 0, k, attributes=attributes, strides=strides,
+        span=(k, k + 1),
+    )  # fmt: skip
 
 
 def _place_by_place(finder: Finder, k: int) -> int | None:

@@ -23,12 +23,27 @@ class Edit:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A layer composed of those of ops ``first`` and ``second``, by its sizes (``inputs`` and ``outputs`` a group)."""
+
+    first: int
+    second: int
+    groups: int
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Removable:
     """A module that can go. ``kind``: a word of ``KINDS``; ``dead``: the ops that go, ``at`` where they begin.
 
     ``macs`` of one sample and ``params`` are what the removal saves (less than nothing: what it costs). ``emptied``: the axes that go as a
-    whole; ``attributes``: what other modules are set to; ``strides``: those of convolutions that take one over, by op.
+    whole; ``attributes``: what other modules are set to; ``strides``: those of convolutions that take one over, by op. ``composed``: the
+    layer that two become. Candidates of disjoint ``span`` (first op and the one after the last) don't clash.
     """
 
     name: str
@@ -42,6 +57,8 @@ class Removable:
     emptied: tuple[Axis, ...] = ()
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     strides: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    composed: Composed | None = None
+    span: tuple[int, int] = (0, 0)
 
 
 KINDS = {
@@ -58,7 +75,7 @@ KINDS = {
 
 def clash(one: Removable, other: Removable) -> str | None:
     """Why two candidates can't both go; None where they can."""
-    paths = [[edit.path for edit in c.edits] for c in (one, other)]
+    paths = [[*(edit.path for edit in c.edits), *c.attributes] for c in (one, other)]
     if any(a == b or a.startswith(b + ".") or b.startswith(a + ".") for a in paths[0] for b in paths[1]):
         return "one lies in the other"
     if one.substitutes.keys() & other.substitutes.keys() or not one.dead.isdisjoint(other.dead):
