@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from coppice.augment import augment_batch, make_augmentation
+from coppice.augment import augment_batch, make_augmentation, make_mix, repeats
 from coppice.data import batches, check_classes, load_data, raw_batches, sample_batches
 from coppice.errors import CoppiceError
 from coppice.preprocess import Preprocess
+from coppice.recipe import PRESETS, augmentations
 from coppice.seeding import derive_seed, seeded
 
 
@@ -458,7 +459,7 @@ def test_augmentation_is_decided_by_seed_epoch_and_step_alone():
     assert len({image.numpy().tobytes() for image in augment_batch(same, transform, 0, 0, 0)}) > 4  # every image has its own draw
 
 
-@pytest.mark.parametrize("name", ["light", "crop", "none"])
+@pytest.mark.parametrize("name", ["light", "standard", "strong", "crop", "none", "colour+trivialaugment+erasing"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 224, 160)])
 def test_augmentation_keeps_the_shape(name, shape):
     image = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -477,8 +478,31 @@ def test_no_mirror_images_of_digits():
         assert (visible.diff() == 1).all()  # shifted, never reversed
 
 
-def test_an_unknown_augmentation():
-    assert "choose one of light, crop, none" in sentence(make_augmentation, "heavy", (3, 8, 8))
+@pytest.mark.parametrize("name", ["heavy", "crop+", "crop flip", "repeat9"])
+def test_an_unknown_augmentation(name):
+    assert "choose none, light, standard, strong, auto" in sentence(make_augmentation, name, (3, 8, 8))
+
+
+def test_the_fewer_images_the_more_augmentation():
+    assert augmentations("auto", 1_000) == PRESETS["strong"]
+    assert augmentations("auto", 50_000) == PRESETS["standard"]
+    assert augmentations("auto", 1_281_167) == PRESETS["light"]
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "strong"])
+def test_mixed_images_have_mixed_labels(name):
+    x = torch.eye(8)[:, :, None, None].expand(8, 8, 16, 16).contiguous()  # image k is 1 in channel k
+    with seeded(3):
+        mixed, shares = make_mix(name, 8)(x, torch.arange(8))
+    assert shares.shape == (8, 8)
+    torch.testing.assert_close(mixed.mean((2, 3)), shares)
+    assert not torch.equal(shares, torch.eye(8))
+    assert make_mix("light", 8) is None
+
+
+def test_repeats_and_their_limits():
+    assert [repeats(name) for name in ("light", "crop+repeat3", "strong")] == [1, 3, 1]
+    assert "choose one" in sentence(repeats, "repeat2+repeat3")
 
 
 def test_seeds_differ_by_address():

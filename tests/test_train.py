@@ -16,7 +16,7 @@ from coppice.errors import CoppiceError
 from coppice.evaluate import evaluate
 from coppice.forward import PRECISIONS, training_layout
 from coppice.recipe import Recipe
-from coppice.train import fine_tune, make_optimizer, pick_precision
+from coppice.train import _train_batches, fine_tune, fitting, make_optimizer, pick_precision
 
 SHORT = Recipe(epochs=3, batch_size=64, precision="fp32", crop_pad=1, lr=0.05)
 
@@ -405,3 +405,23 @@ def test_features_of_a_validation_pass_are_not_compared_with_those_of_a_step(dig
     fine_tune(student, digits, replace(SHORT, epochs=2, features=0.5), teacher=teacher)
     assert len(compared) > 2
     assert all(names == ["body.1"] for names in compared)
+
+
+@pytest.mark.parametrize("augment", ["crop+mixup+cutmix+repeat2", "auto"])
+def test_mixed_and_repeated_images_train_and_repeat_bit_for_bit(digits, augment):
+    def trained():
+        model = small_net()
+        history = fine_tune(model, digits, replace(SHORT, augment=augment, distill=0.5), teacher=small_net())
+        return bits(model), untimed(history)
+
+    first = trained()
+    assert first == trained()
+    assert first[1][-1].train_loss < first[1][0].train_loss
+
+
+def test_a_repeated_image_is_augmented_anew_each_time(digits):
+    recipe = fitting(digits, replace(SHORT, augment="crop+repeat2"))
+    x, y = next(_train_batches(digits, recipe, 0, 1, torch.device("cpu")))
+    assert len(x) == 64
+    assert torch.equal(y[::2], y[1::2])
+    assert not torch.equal(x[::2], x[1::2])

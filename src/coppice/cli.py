@@ -236,7 +236,10 @@ def prune(
     freeze_norm: Annotated[
         bool | None, typer.Option("--freeze-norm/--train-norm", help="BatchNorm keeps its statistics while fine-tuning [train]")
     ] = None,
-    augment: Annotated[Text, typer.Option("--augment", help="light, crop or none [light]")] = None,
+    augment: Annotated[
+        Text,
+        typer.Option("--augment", help="none, light, standard, strong, auto (by the data's size), or steps such as crop+mixup [light]"),
+    ] = None,
     regularise: Regularise = None,
     strength: Strength = None,
     sparsity: Sparsity = None,

@@ -8,7 +8,14 @@ from coppice.errors import CoppiceError
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "onecycle")
-AUGMENTATIONS = ("light", "crop", "none")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "light": ("crop", "flip"),
+    "standard": ("crop", "flip", "colour", "erasing"),
+    "strong": ("crop", "flip", "randaugment", "erasing", "mixup", "cutmix"),
+}
+AUGMENTATIONS = ("crop", "flip", "colour", "randaugment", "trivialaugment", "erasing", "mixup", "cutmix", "repeat2", "repeat3", "repeat4")
+_BY_SIZE = ((10_000, "strong"), (100_000, "standard"))  # training images up to which an "auto" augmentation is that strong; above: light
 PRECISIONS = ("fp32", "bf16")
 _LR_AT_128 = {"sgd": 0.025, "adamw": 5e-4}  # for a trained network that is to recover, not for training from scratch
 _WARMUP = {"cosine": 0.05, "onecycle": 0.3}
@@ -32,7 +39,7 @@ class Recipe:
     features: float = 0.0  # weight of the squared distance from the dense model's features (coppice.distillation) in the loss
     ema: float = 0.0  # decay a step of an exponential average of the weights, which is what is evaluated and kept; 0: none
     precision: str = "auto"  # "fp32", "bf16" (autocast), or "auto": whichever is faster on this machine
-    augment: str = "light"  # "light": crop and mirror; "crop": where left and right matter; "none"
+    augment: str = "light"  # one of PRESETS, "auto" (the more, the fewer the images), or AUGMENTATIONS with + between them ("crop+mixup")
     crop_pad: int | None = None  # pixels of shift; None: an eighth of a small image, a rescaled crop of a large one
     grad_clip: float | None = None  # largest norm of the gradient
     freeze_norm: bool = False  # BatchNorm keeps its statistics and uses them: for small batches, and for what was just repaired
@@ -41,7 +48,7 @@ class Recipe:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, ("auto", *PRECISIONS))
-        _one_of("augment", self.augment, AUGMENTATIONS)
+        augmentations(self.augment)
         _within("epochs", self.epochs, 0, math.inf)
         _within("batch_size", self.batch_size, 2, math.inf)
         _within("momentum", self.momentum, 0, 0.9999)
@@ -77,6 +84,19 @@ class Recipe:
             return self.peak_lr() * (start + (1 - start) * share)
         fallen = (step - rising) / max(1, total - rising)
         return self.peak_lr() * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+def augmentations(text: str, images: int = 0) -> tuple[str, ...]:
+    """The steps of an augmentation, by its preset, by the number of training images ("auto"), or by themselves. Raises CoppiceError."""
+    if text == "auto":
+        text = next((name for most, name in _BY_SIZE if images <= most), "light")
+    found = PRESETS.get(text, tuple(text.split("+")))
+    if unknown := [step for step in found if step not in AUGMENTATIONS]:
+        known = f"{', '.join(PRESETS)}, auto, or some of {', '.join(AUGMENTATIONS)} with + between them"
+        raise CoppiceError(f"there is no augment {unknown[0]!r}: choose {known}")
+    if sum(step.startswith("repeat") for step in found) > 1:
+        raise CoppiceError(f"augment {text} repeats in two ways: choose one")
+    return found
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from coppice.along import Along
-from coppice.augment import augment_batch, make_augmentation
+from coppice.augment import augment_batch, make_augmentation, make_mix, repeats
 from coppice.checkpoint import load_facts, load_state, save_checkpoint
 from coppice.data import ImageData, Loaders, batches, raw_batches, sample_batches
 from coppice.distillation import Features, prediction_loss
@@ -25,7 +25,7 @@ from coppice.errors import CoppiceError
 from coppice.evaluate import evaluate
 from coppice.forward import device_of, forward, norms_with_statistics, pick_precision, training_layout, training_mode, weights_in
 from coppice.planning import Plan
-from coppice.recipe import Recipe
+from coppice.recipe import Recipe, augmentations
 from coppice.seeding import generator, seeded
 
 __all__ = ["EpochResult", "Recipe", "fine_tune", "pick_precision"]
@@ -107,8 +107,13 @@ def fine_tune(
 
 
 def fitting(data: ImageData | Loaders, recipe: Recipe) -> Recipe:
-    """The recipe with a batch no larger than the data: the learning rate goes with the images that really are in a batch."""
-    return replace(recipe, batch_size=max(2, min(recipe.batch_size, len(data.train)))) if isinstance(data, ImageData) else recipe
+    """The recipe with a batch no larger than the data (the learning rate goes with the images that really are in one) and the augmentation
+    that suits its size. A user's own loaders batch and augment by themselves.
+    """
+    if not isinstance(data, ImageData):
+        return recipe
+    steps = "+".join(augmentations(recipe.augment, len(data.train))) or "none"
+    return replace(recipe, batch_size=max(2, min(recipe.batch_size, len(data.train))), augment=steps)
 
 
 def freeze_norms(model: nn.Module) -> None:
@@ -234,11 +239,16 @@ def _train_batches(
         yield from batches(data.train, None, device=device)
         return
     transform = make_augmentation(recipe.augment, data.input_shape, pad=recipe.crop_pad, mirror=data.mirror)
-    order: Sequence[int] = generator(seed, "order", epoch).permutation(len(data.train)).tolist()
-    order = order[: steps_per_epoch(data, recipe) * recipe.batch_size]
+    mix = make_mix(recipe.augment, len(data.classes))
+    drawn: Sequence[int] = generator(seed, "order", epoch).permutation(len(data.train)).tolist()
+    order = [index for index in drawn for _ in range(repeats(recipe.augment))][: steps_per_epoch(data, recipe) * recipe.batch_size]
     for step, (images, labels) in enumerate(raw_batches(data.train, order, recipe.batch_size)):
         images = augment_batch(images, transform, seed, epoch, step)
-        yield data.preprocess.normalise(images.to(device)), labels.to(device)
+        x, y = data.preprocess.normalise(images.to(device)), labels.to(device)
+        if mix is not None:
+            with seeded(seed, "mix", epoch, step, device=device):
+                x, y = mix(x, y)
+        yield x, y
 
 
 def _first_batch(data: ImageData | Loaders, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
