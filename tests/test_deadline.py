@@ -81,6 +81,26 @@ def test_a_plan_that_misses_is_corrected(factor: float, staircase: None) -> None
     assert (found.predicted, found.timed.seconds) in found.tried
 
 
+class BlockClock(SlowClock):
+    """Models with a stem of whole blocks of channels take half as long again as the sum of their ops."""
+
+    def time(self, model: nn.Module) -> TimedModel:
+        self.factor = 1.5 if model.stem[0].out_channels % GRID == 0 else 1.0  # type: ignore[index, union-attr]
+        return super().time(model)
+
+
+def test_widths_between_whole_blocks_are_tried_where_those_take_too_long(staircase: None) -> None:
+    model = DigitsNet().eval()
+    coupling, predictor = predicted(model)
+    asked = 0.6 * predictor.dense
+    scores = coppice.score(model, coupling, "l2")
+    found = plan_on_time(model, coupling, scores, {"latency": asked}, BlockClock(1.0), predictor, min_width=4, round_to=4)  # type: ignore[arg-type]
+    cut = [axis for axis in found.plan.axes if len(axis.keep) < axis.width]
+    assert cut
+    assert all(len(axis.keep) % GRID == GRID // 2 for axis in cut)
+    assert found.timed.seconds <= asked
+
+
 def test_budgets_are_met_together(staircase: None) -> None:
     model = DigitsNet().eval()
     coupling, predictor = predicted(model)

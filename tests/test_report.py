@@ -28,17 +28,17 @@ METRICS: dict[str, Any] = {
     "verification": {"checks": ["cut 1: shapes as planned", "ONNX Runtime equals PyTorch"], "max_error": 1e-15},
     "history": [
         {"stage": "dense", "macs": 40_000_000, "params": 270_000, "bytes": 1, "epochs": 0, "val_top1": 91.0, "seconds": 1.0,
-         "repair": None, "training": []},
+         "repair": None, "training": [], "optimizer": "", "taken": True},
         {
             "stage": "cut 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 0, "val_top1": 70.0, "seconds": 1.0,
-            "training": [],
+            "training": [], "optimizer": "", "taken": True,
             "repair": {
                 "criterion": "obs", "tried": [["as cut", 9.5], ["layers refitted", 0.644]], "kept": "layers refitted", "refitted": 9,
                 "refused": "<two models out of step>",
             },
         },
         {"stage": "tuned 1", "macs": 20_000_000, "params": 130_000, "bytes": 1, "epochs": 3, "val_top1": 89.9, "seconds": 1.0,
-         "repair": None, "training": [
+         "repair": None, "optimizer": "SGD at 0.005", "taken": False, "training": [
              {"epoch": 1, "train_loss": 0.887, "val_top1": 85.96, "val_loss": 0.471, "lr": 0.02, "seconds": 41.0},
              {"epoch": 2, "train_loss": 0.556, "val_top1": 89.28, "val_loss": 0.402, "lr": 0.003, "seconds": 42.0},
          ]},
@@ -102,6 +102,10 @@ def checked(html: str) -> Checker:
     checker.feed(html)
     assert checker.open == []
     return checker
+
+
+def test_it_says_how_a_training_was_done_and_that_it_was_not_taken() -> None:
+    assert "3, SGD at 0.005; made it worse: not taken" in page()
 
 
 def test_it_is_one_static_file() -> None:

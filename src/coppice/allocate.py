@@ -58,18 +58,20 @@ def plan(
     min_width: int = 8,
     spare: bool = False,
     prices: Sequence[Priced] = (),
+    offset: int = 0,
 ) -> Plan:
     """Choose what stays so that the cost meets ``target`` (absolute budgets: ``macs``, ``params``, ``bytes``, what ``prices`` are of).
 
     ``global``: the cheapest steps go first, wherever they are: least score for what they save where scores are in one unit (loss), else
     least mean score (each axis against its own mean). ``uniform``: every axis keeps the same share. Within an axis the lowest scores go.
-    No dim gets narrower than ``min_width`` (where it was wider). ``spare``: look back at the widest steps of a global cut in units of
+    No dim gets narrower than ``min_width`` (where it was wider). ``offset``: channel counts are that much above a multiple of ``round_to``
+    where an axis lies on dims by itself. ``spare``: look back at the widest steps of a global cut in units of
     loss, and spare what need not have gone.
     UnreachableError where the target can't be reached, with the smallest cost that can.
     """
     if allocation not in ALLOCATIONS:
         raise CoppiceError(f"unknown allocation {allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
-    work = _Allocation(coupling, scores, dict(target), round_to, min_width, prices)
+    work = _Allocation(coupling, scores, dict(target), bundles_on_grid(coupling, round_to, min_width, offset), prices)
     work.check_reachable()
     if allocation == "uniform":
         work.cut_uniformly()
@@ -80,10 +82,10 @@ def plan(
 
 class _Allocation:
     def __init__(
-        self, coupling: Coupling, scores: Scores, target: dict[str, float], round_to: int, min_width: int, prices: Sequence[Priced]
+        self, coupling: Coupling, scores: Scores, target: dict[str, float], bundles: list[Bundle], prices: Sequence[Priced]
     ) -> None:
         self.coupling, self.scores, self.target = coupling, scores, target
-        self.bundles = bundles_on_grid(coupling, round_to, min_width)
+        self.bundles = bundles
         self.widths: dict[Axis, int] = {}
         moving = {axis.atom for bundle in self.bundles for axis in bundle.axes}
         self.terms: list[Priced] = [t.within(moving) for t in (*coupling.cost_terms, *prices) if t.kind in target]
@@ -272,13 +274,13 @@ class _Allocation:
         return found
 
 
-def bundles_on_grid(coupling: Coupling, round_to: int, min_width: int) -> list[Bundle]:
+def bundles_on_grid(coupling: Coupling, round_to: int, min_width: int, offset: int = 0) -> list[Bundle]:
     """What can move, and the levels that it can move to; what the grid leaves no level is left out."""
-    found = [_bundle(coupling, together, round_to, min_width) for together in coupling.bundles()]
+    found = [_bundle(coupling, together, round_to, min_width, offset) for together in coupling.bundles()]
     return [bundle for bundle in found if len(bundle.levels) > 1]
 
 
-def _bundle(coupling: Coupling, together: tuple[Axis, ...], round_to: int, min_width: int) -> Bundle:
+def _bundle(coupling: Coupling, together: tuple[Axis, ...], round_to: int, min_width: int, offset: int = 0) -> Bundle:
     by_atom = {a.atom: a for a in coupling.prunable}
     axes = [by_atom[a] for a in together]
     whole = math.gcd(*(a.width for a in axes))
@@ -288,7 +290,8 @@ def _bundle(coupling: Coupling, together: tuple[Axis, ...], round_to: int, min_w
         share = axis.width // whole
         step = math.lcm(step, grid // math.gcd(grid, share))
     least = max(math.ceil(min_width / (axis.multiple * (axis.width // whole))) for axis in axes)
-    levels = [t for t in range(step, whole, step) if t >= least]
+    first = offset if step == round_to and offset else step  # heads and groups, whose steps are others, stay on the grid
+    levels = [t for t in range(first, whole, step) if t >= least]
     coarse = max(1, math.ceil(len(levels) / FINEST))
     levels = [*levels[::coarse], whole]
     return Bundle(axes, whole, levels, len(levels) - 1)

@@ -154,6 +154,8 @@ def _step(bench: Workbench, snapshot: Snapshot) -> Json:
         "seconds": bench.run.seconds().get(snapshot.stage, 0.0),
         "repair": None if snapshot.epochs else snapshot.recovery,
         "training": [dict(result) for result in snapshot.training],
+        "optimizer": snapshot.optimizer,
+        "taken": snapshot.taken,
     }
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from coppice.errors import CoppiceError
 
-OPTIMIZERS = ("sgd", "adamw")
+AUTO = "auto"
+OPTIMIZERS = (AUTO, "sgd", "adamw")
 SCHEDULES = ("cosine", "onecycle")
 PRESETS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -26,7 +27,9 @@ class Recipe:
     """Settings of a fine-tune. Raises CoppiceError for a value out of its range."""
 
     epochs: int = 3
-    optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw"
+    optimizer: str = (
+        AUTO  # "sgd" (Nesterov), "adamw", or "auto": what a rehearsal finds best (coppice.rehearsal); SGD where a rate is given
+    )
     lr: float | None = None  # the highest learning rate; None: by optimiser, in proportion to the batch size
     momentum: float = 0.9  # of SGD; AdamW's first beta
     weight_decay: float = 5e-4  # not on biases and normalisation parameters
@@ -69,8 +72,15 @@ class Recipe:
         """Whether the loss needs the dense model."""
         return self.distill > 0 or self.features > 0
 
+    @property
+    def open(self) -> bool:
+        """Whether the optimiser is still to be chosen."""
+        return self.optimizer == AUTO and self.lr is None
+
     def peak_lr(self) -> float:
-        """The highest learning rate of the schedule."""
+        """The highest learning rate of the schedule. Raises CoppiceError while the optimiser is still to be chosen."""
+        if self.open:
+            raise CoppiceError("the learning rate goes with the optimiser, which a rehearsal has yet to choose")
         return _LR_AT_128[self.optimizer] * self.batch_size / 128 if self.lr is None else self.lr
 
     def lr_at(self, step: int, total: int) -> float:
@@ -97,6 +107,12 @@ def augmentations(text: str, images: int = 0) -> tuple[str, ...]:
     if sum(step.startswith("repeat") for step in found) > 1:
         raise CoppiceError(f"augment {text} repeats in two ways: choose one")
     return found
+
+
+def described(recipe: Recipe) -> str:
+    """The optimiser in words."""
+    name = "AdamW" if recipe.optimizer == "adamw" else "SGD"
+    return f"{name} at {recipe.peak_lr():.3g}" + (", BatchNorm's statistics kept" if recipe.freeze_norm else "")
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

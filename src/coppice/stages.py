@@ -31,6 +31,7 @@ from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
 from coppice.latency import LatencyModel, latency_model
 from coppice.planning import Plan, compose, kept_widths
 from coppice.progress import Progress
+from coppice.recipe import Recipe, described
 from coppice.recovery import Recovery, recover
 from coppice.run import Json, Run
 from coppice.saliency import Scores
@@ -41,7 +42,7 @@ from coppice.torch.capture import capture
 from coppice.torch.masking import Held, unpacked
 from coppice.torch.program import is_held_out, of_one_shape
 from coppice.torch.verify import verify
-from coppice.train import EpochResult, fine_tune, fitting, pick_precision, steps_per_epoch
+from coppice.train import EpochResult, choose, fine_tune, fitting, pick_precision, steps_per_epoch
 from coppice.verification import Verification
 
 REPAIRED_AT_ONCE = 32  # images in step: few enough for large maps to fit in memory, many enough for small ones to keep a core busy
@@ -68,8 +69,9 @@ class Workbench:
 class Snapshot:
     """A model on the way: a plan against the dense model (None: the dense model itself), its stored weights, what it costs and reaches.
 
-    `checks` and `max_error` are those of every cut that led here, `recovery` the last one's `coppice.recovery.Recovery`; `training` is what
-    each epoch of the fine-tuning that ended here gave (`coppice.train.EpochResult`).
+    `checks` and `max_error` are those of every cut that led here, `recovery` the last one's `coppice.recovery.Recovery`. Of the fine-tuning
+    that ended here, `training` is what each epoch gave (`coppice.train.EpochResult`) and `optimizer` what did it; `taken` is False where it
+    made the model worse on validation, so that the weights before it are kept.
     """
 
     stage: str
@@ -83,6 +85,8 @@ class Snapshot:
     recovery: Mapping[str, Any] | None = None
     latency: Mapping[str, Any] | None = None
     training: Sequence[Mapping[str, Any]] = ()
+    optimizer: str = ""
+    taken: bool = True
     regularised: Mapping[str, Any] | None = None  # the kind, its strength, and how far it came
     masks: Mapping[str, Any] | None = None  # `coppice.masks.Sparsity`, and how the zeros were chosen
 
@@ -355,7 +359,10 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
             bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
         state = before.state if worse else bench.run.save_state(name, model.state_dict())
         kept = before.val if worse else val
-        return asdict(replace(before, stage=name, state=state, val=kept, epochs=epochs, training=[asdict(result) for result in results]))
+        how = "" if bench.train is not None else described(_recipe(bench, before, epochs, rate))
+        training = [asdict(result) for result in results]
+        after = replace(before, stage=name, state=state, val=kept, epochs=epochs, training=training, optimizer=how, taken=not worse)
+        return asdict(after)
 
     return as_snapshot(bench.run.stage(name, work))
 
@@ -382,7 +389,7 @@ def trained(
         bench.progress.say(f"{line}, {said}" if (said := along.said() if along else "") else line)
 
     config = bench.run.config
-    recipe = replace(config.recipe, epochs=epochs, precision=_precision(bench), lr=config.recipe.peak_lr() * rate)
+    recipe = _recipe(bench, before, epochs, rate)
     with bench.progress.bar(f"{name}: fine-tuning") as advance:
         return fine_tune(
             model,
@@ -434,6 +441,25 @@ def _precision(bench: Workbench) -> Any:
         return {"precision": pick_precision(model, batch)}
 
     return bench.run.stage("precision", measure)["precision"]
+
+
+def _recipe(bench: Workbench, before: Snapshot, epochs: int, rate: float) -> Recipe:
+    """The run's recipe with precision and optimiser; an open one is rehearsed once a run, on the first model that is to be trained."""
+    recipe = replace(bench.run.config.recipe, epochs=epochs, precision=_precision(bench))
+
+    def work() -> Json:
+        bench.progress.say("choosing an optimiser")
+        teacher = bench.dense if recipe.taught else None
+        plan = None if before.plan is None else Plan.from_json(before.plan)
+        tried = choose(materialise(bench, before), bench.data, recipe, teacher=teacher, plan=plan, seed=bench.run.config.seed)
+        for rehearsed in tried:
+            bench.progress.say(f"  {described(rehearsed.recipe)}: validation loss {rehearsed.loss:.3f}")
+        losses = [[described(r.recipe), r.loss if math.isfinite(r.loss) else None] for r in tried]
+        return {"recipe": asdict(tried[0].recipe), "tried": losses}
+
+    if recipe.open:
+        recipe = replace(Recipe(**bench.run.stage("optimiser", work)["recipe"]), epochs=epochs)
+    return replace(recipe, lr=recipe.peak_lr() * rate)
 
 
 def _calibration(bench: Workbench, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,6 +26,7 @@ from coppice.evaluate import evaluate
 from coppice.forward import device_of, forward, norms_with_statistics, pick_precision, training_layout, training_mode, weights_in
 from coppice.planning import Plan
 from coppice.recipe import Recipe, augmentations
+from coppice.rehearsal import Rehearsed, rehearsal_steps, rehearse
 from coppice.seeding import generator, seeded
 
 __all__ = ["EpochResult", "Recipe", "fine_tune", "pick_precision"]
@@ -74,6 +75,10 @@ def fine_tune(
     steps = steps_per_epoch(data, recipe)
     facts = _resume_facts(checkpoint, recipe, seed, steps)
     x, y = _first_batch(data, recipe, device_of(model))
+    if recipe.open:
+        chosen = facts["chosen"] or asdict(choose(model, data, recipe, teacher=teacher, plan=plan, seed=seed)[0].recipe)
+        facts |= {"chosen": chosen}
+        recipe = Recipe(**chosen)
     precision = facts["precision"] or (pick_precision(model, (x, y)) if recipe.precision == "auto" else recipe.precision)
     recipe = replace(recipe, precision=precision)
     layout = training_layout(model, x, y)
@@ -114,6 +119,18 @@ def fitting(data: ImageData | Loaders, recipe: Recipe) -> Recipe:
         return recipe
     steps = "+".join(augmentations(recipe.augment, len(data.train))) or "none"
     return replace(recipe, batch_size=max(2, min(recipe.batch_size, len(data.train))), augment=steps)
+
+
+def choose(
+    model: nn.Module, data: ImageData | Loaders, recipe: Recipe, *, teacher: nn.Module | None, plan: Plan | None, seed: int
+) -> list[Rehearsed]:
+    """`recipe` with each optimiser that `coppice.rehearsal` tries, the best first; `model` is left as it is."""
+    recipe = fitting(data, recipe)
+
+    def train(copied: nn.Module, part: ImageData | Loaders, tried: Recipe) -> float:
+        return fine_tune(copied, part, tried, teacher=teacher, plan=plan, seed=seed)[-1].val_loss
+
+    return rehearse(model, data, recipe, rehearsal_steps(steps_per_epoch(data, recipe) * recipe.epochs), seed, train)
 
 
 def freeze_norms(model: nn.Module) -> None:
@@ -263,7 +280,7 @@ def _first_batch(data: ImageData | Loaders, recipe: Recipe, device: torch.device
 
 def _resume_facts(checkpoint: Path | None, recipe: Recipe, seed: int, steps: int) -> dict[str, Any]:
     """What the header of this fine-tune's checkpoint says, or will say. Raises CoppiceError if the checkpoint is of another run."""
-    fresh: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed, "steps": steps, "precision": None, "history": []}
+    fresh: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed, "steps": steps, "precision": None, "chosen": None, "history": []}
     if checkpoint is None or not checkpoint.exists():
         return fresh
     stored = load_facts(checkpoint)
