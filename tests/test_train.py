@@ -134,6 +134,31 @@ def test_an_interruption_within_an_epoch_loses_that_epoch_only(digits, tmp_path)
     assert bits(resumed) == bits(expected)
 
 
+@pytest.mark.parametrize("kind", ["images", "loaders"])
+@pytest.mark.parametrize("stop_after", [1, 25])
+def test_a_run_killed_within_an_epoch_goes_on_at_the_step_it_was_at(digits, tmp_path, kind, stop_after):
+    """Dropout, an average, a teacher and shuffled loaders included."""
+    recipe = replace(SHORT, epochs=2, lr=0.01, distill=0.3, ema=0.9, augment="crop+mixup" if kind == "images" else "light")
+    data = digits if kind == "images" else loaders(digits)
+    undisturbed, teacher = small_net(), small_net()
+    expected = fine_tune(undisturbed, data, recipe, teacher=teacher)
+    path = tmp_path / "fine-tune.safetensors"
+
+    def stop(done, total):
+        if done == stop_after:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        fine_tune(small_net(), data, recipe, teacher=teacher, checkpoint=path, checkpoint_every=0, progress=stop)
+    resumed, steps = small_net(), []
+    nn.init.zeros_(resumed[0].weight)
+    torch.manual_seed(77)
+    history = fine_tune(resumed, data, recipe, teacher=teacher, checkpoint=path, progress=lambda done, total: steps.append(done))
+    assert steps[0] == stop_after + 1
+    assert bits(resumed) == bits(undisturbed)
+    assert untimed(history) == untimed(expected)
+
+
 def test_a_finished_run_is_not_repeated(digits, tmp_path):
     path = tmp_path / "fine-tune.safetensors"
     first, again = small_net(), small_net()

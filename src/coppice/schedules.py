@@ -26,7 +26,7 @@ from coppice.targets import Target, parse_target
 from coppice.torch.apply import apply, load_exactly, slice_optimizer_state
 from coppice.torch.capture import capture
 from coppice.torch.verify import verify
-from coppice.train import EpochResult, fine_tune, make_optimizer
+from coppice.train import EpochResult, choose, fine_tune, fitting, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ def train_and_prune(
             f"cuts after {', '.join(map(str, ends))} of {recipe.epochs} epochs: there must be an epoch before and after each"
         )
     now, history, whole = copy.deepcopy(model), list[EpochResult](), None
+    recipe = fitting(data, recipe)
+    if recipe.open:
+        recipe = choose(now, data, recipe, teacher=teacher, plan=None, seed=seed)[0].recipe
     optimizer = make_optimizer(now, recipe)
     dense = couple(capture(now, (example_input(data),))).cost()
     for k, (first, last) in enumerate(itertools.pairwise([0, *ends, recipe.epochs])):

@@ -358,6 +358,7 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
         if worse:
             bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
         state = before.state if worse else bench.run.save_state(name, model.state_dict())
+        bench.run.state_path(f"{name}.checkpoint").unlink(missing_ok=True)
         kept = before.val if worse else val
         how = "" if bench.train is not None else described(_recipe(bench, before, epochs, rate))
         training = [asdict(result) for result in results]

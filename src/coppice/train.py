@@ -1,8 +1,10 @@
 """Fine-tune a pruned network: a short schedule from trained weights, resumable bit for bit.
 
-Everything random in an epoch (order, augmentation, dropout) derives from (seed, epoch), and the learning rate from the step alone.
+Everything random (order, augmentation, dropout) derives from (seed, epoch, step), and the learning rate from the step alone: so what was
+killed within an epoch goes on at the step that its checkpoint has.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +53,7 @@ def fine_tune(
     plan: Plan | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    checkpoint_every: float = 120.0,
     progress: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
     enough: Callable[[EpochResult], bool] | None = None,
@@ -62,8 +65,9 @@ def fine_tune(
 
     `teacher` is the dense model, needed if `recipe.distill` or `recipe.features` is above zero, and `plan` what made `model` from it (None:
     nothing was removed); the teacher is not changed.
-    `checkpoint`: written after every epoch (before `on_epoch`); if it exists, the epochs it holds are not repeated, and on a CPU in
-    fp32 with the same number of threads the result equals an undisturbed run's bit for bit.
+    `checkpoint`: written after every epoch (before `on_epoch`) and within one after as many seconds as `checkpoint_every`; if it exists,
+    the steps it holds are not repeated, and on a CPU in fp32 with the same number of threads the result equals an undisturbed run's bit for
+    bit.
     `progress` is told the steps done and in all, `on_epoch` each epoch's result; an epoch that is `enough` is the last.
     `along` goes with every step (masks, a regulariser); it must have been made for `model`.
     `span`: only the epochs after the first number up to the second, of all that the recipe has; with `optimizer` as it was then.
@@ -86,7 +90,7 @@ def fine_tune(
     optimizer = optimizer or make_optimizer(model, recipe)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema > 0 else None
     history = [EpochResult(**result) for result in facts["history"]]
-    if checkpoint is not None and history:
+    if checkpoint is not None and checkpoint.exists():
         load_state(checkpoint, model, optimizer, average, along.tensors if along else {})
     with ExitStack() as stack:
         stack.callback(model.to, memory_format=torch.contiguous_format)
@@ -95,15 +99,22 @@ def fine_tune(
         if teacher is not None:
             stack.enter_context(weights_in(teacher, layout))
         features = stack.enter_context(Features(model, teacher, plan)) if teacher is not None and recipe.features > 0 else None
-        run = _Run(model, average, teacher, features, data, recipe, optimizer, layout, seed, steps, progress, along)
+
+        def save(within: _Within | None) -> None:
+            facts.update(precision=precision, history=[asdict(result) for result in history], within=asdict(within) if within else None)
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, model, optimizer, facts, average, along.tensors if along else {})
+
+        within = _Within(**facts["within"]) if facts["within"] else _Within()
+        keeping = (save, checkpoint_every) if checkpoint is not None else None
+        run = _Run(model, average, teacher, features, data, recipe, optimizer, layout, seed, steps, progress, along, keeping)
         first, last = span or (0, recipe.epochs)
         for epoch in range(first + len(history) + 1, last + 1):
             if history and enough is not None and enough(history[-1]):
                 break
-            history.append(run.epoch(epoch))
-            if checkpoint is not None:
-                facts |= {"precision": precision, "history": [asdict(result) for result in history]}
-                save_checkpoint(checkpoint, model, optimizer, facts, average, along.tensors if along else {})
+            history.append(run.epoch(epoch, within))
+            within = _Within()
+            save(None)
             if on_epoch is not None:
                 on_epoch(history[-1])
         if average is not None and history:
@@ -155,6 +166,15 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 @dataclass(frozen=True)
+class _Within:
+    """How far an epoch is: steps done, the sum of their losses, and seconds."""
+
+    steps: int = 0
+    losses: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class _Run:
     """What stays the same over the epochs of one fine-tune."""
 
@@ -170,22 +190,28 @@ class _Run:
     steps: int  # an epoch
     progress: Callable[[int, int], None] | None
     along: Along | None
+    keeping: tuple[Callable[[_Within], None], float] | None  # how to write a checkpoint within an epoch, and after how many seconds
 
-    def epoch(self, epoch: int) -> EpochResult:
-        started = time.perf_counter()
+    def epoch(self, epoch: int, within: _Within) -> EpochResult:
+        """The epoch of this number, from where it was left."""
+        saved = time.perf_counter()
+        started = saved - within.seconds
         device = device_of(self.model)
         total = self.steps * self.recipe.epochs
-        losses = 0.0
-        lr = 0.0
+        losses, lr = within.losses, self.recipe.lr_at(epoch * self.steps - 1, total)
         with seeded(self.seed, "epoch", epoch, device=device):
             with training_mode(self.model, True):
                 if self.recipe.freeze_norm:
                     freeze_norms(self.model)
-                for index, (x, y) in enumerate(_train_batches(self.data, self.recipe, self.seed, epoch, device)):
+                rest = _train_batches(self.data, self.recipe, self.seed, epoch, device, within.steps)
+                for index, (x, y) in enumerate(rest, within.steps):
                     done = (epoch - 1) * self.steps + index
-                    lr = self.recipe.lr_at(done, total)
-                    losses += self._step(x, y, lr, f"epoch {epoch}, step {index + 1}")
-                    self._beside(done + 1, total)
+                    with seeded(self.seed, "step", epoch, index, device=device):
+                        losses += self._step(x, y, self.recipe.lr_at(done, total), f"epoch {epoch}, step {index + 1}")
+                        self._beside(done + 1, total)
+                    if self.keeping is not None and time.perf_counter() - saved >= self.keeping[1]:
+                        self.keeping[0](_Within(index + 1, losses, time.perf_counter() - started))
+                        saved = time.perf_counter()
                     if self.progress is not None:
                         self.progress(done + 1, total)
             preprocess = self.data.preprocess if isinstance(self.data, ImageData) else None
@@ -250,16 +276,18 @@ def steps_per_epoch(data: ImageData | Loaders, recipe: Recipe) -> int:
 
 
 def _train_batches(
-    data: ImageData | Loaders, recipe: Recipe, seed: int, epoch: int, device: torch.device
+    data: ImageData | Loaders, recipe: Recipe, seed: int, epoch: int, device: torch.device, skipped: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch after the first `skipped`, which a user's own loader makes all the same."""
     if isinstance(data, Loaders):
-        yield from batches(data.train, None, device=device)
+        yield from itertools.islice(batches(data.train, None, device=device), skipped, None)
         return
     transform = make_augmentation(recipe.augment, data.input_shape, pad=recipe.crop_pad, mirror=data.mirror)
     mix = make_mix(recipe.augment, len(data.classes))
     drawn: Sequence[int] = generator(seed, "order", epoch).permutation(len(data.train)).tolist()
     order = [index for index in drawn for _ in range(repeats(recipe.augment))][: steps_per_epoch(data, recipe) * recipe.batch_size]
-    for step, (images, labels) in enumerate(raw_batches(data.train, order, recipe.batch_size)):
+    rest = raw_batches(data.train, order[skipped * recipe.batch_size :], recipe.batch_size)
+    for step, (images, labels) in enumerate(rest, skipped):
         images = augment_batch(images, transform, seed, epoch, step)
         x, y = data.preprocess.normalise(images.to(device)), labels.to(device)
         if mix is not None:
@@ -280,7 +308,8 @@ def _first_batch(data: ImageData | Loaders, recipe: Recipe, device: torch.device
 
 def _resume_facts(checkpoint: Path | None, recipe: Recipe, seed: int, steps: int) -> dict[str, Any]:
     """What the header of this fine-tune's checkpoint says, or will say. Raises CoppiceError if the checkpoint is of another run."""
-    fresh: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed, "steps": steps, "precision": None, "chosen": None, "history": []}
+    known = {"recipe": asdict(recipe), "seed": seed, "steps": steps}
+    fresh: dict[str, Any] = {**known, "precision": None, "chosen": None, "history": [], "within": None}
     if checkpoint is None or not checkpoint.exists():
         return fresh
     stored = load_facts(checkpoint)
