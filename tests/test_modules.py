@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import coppice
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError, VerificationError
+from coppice.export import export_onnx
 from coppice.planning import Plan, compose
 from coppice.testing.networks import randomise
 from coppice.torch.apply import build
@@ -228,6 +230,15 @@ def test_each_kind(case: str) -> None:
     pruned.train()
     pruned(x).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in pruned.parameters())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("case", ["attention", "branch behind a pooling in the code"])
+def test_what_stands_in_is_exported(case: str, tmp_path: Path) -> None:
+    build_it, shape, name, _ = CASES[case]
+    model, _, coupling = made(build_it, shape)
+    pruned = coppice.apply(model, coppice.remove_modules(coupling, [name]))
+    assert export_onnx(pruned, torch.randn(4, *shape[1:]), tmp_path / "model.onnx").error < 1e-5
 
 
 @pytest.mark.usefixtures("one_thread")

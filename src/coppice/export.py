@@ -87,14 +87,31 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None 
         raise ExportError(f"ONNX export needs {error.name}: pip install 'coppice[onnx]'") from error
     with quietly() as said:
         try:
-            torch.onnx.export(
-                model, (example,), path, dynamo=True, external_data=False, verbose=False, opset_version=opset,
+            program = torch.onnx.export(
+                model, (example,), dynamo=True, external_data=False, verbose=False, opset_version=opset,
                 input_names=["input"], output_names=["output"], dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
+            assert program is not None  # it is None of the older exporter only
+            _leave_out_nothing(program.model.graph)
+            program.save(path, external_data=False)
         except Exception as error:  # the exporter's own errors have no common base
             raise ExportError(f"the model can't be exported to ONNX: {first_line(error) or said.getvalue()[:200]}") from error
     if opset is not None and (found := _opset(path)) != opset:  # the exporter keeps its own where it can't convert, and only logs that
         raise ExportError(f"opset {opset} can't be had: the exporter wrote {found}")
+
+
+def _leave_out_nothing(graph: Any) -> None:
+    """PyTorch's concat leaves out an empty vector (what a removed branch answers), ONNX's does not: take it from the inputs."""
+    from onnx_ir import Node
+    from onnx_ir.convenience import replace_nodes_and_values
+
+    for node in [node for node in graph if node.op_type == "Concat"]:
+        kept = [value for value in node.inputs if value.shape is None or tuple(value.shape) != (0,)]
+        if 0 < len(kept) < len(node.inputs):
+            (old,) = node.outputs
+            made = Node(node.domain, node.op_type, kept, attributes=list(node.attributes.values()), version=node.version)
+            made.outputs[0].shape, made.outputs[0].type = old.shape, old.type
+            replace_nodes_and_values(graph, node, [node], [made], [old], made.outputs)
 
 
 def _opset(path: Path) -> int:
