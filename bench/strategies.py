@@ -71,11 +71,11 @@ class Bench:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(epochs=self.settings.epochs, distill=0.9, precision=self.settings.precision)
+        return Recipe(optimizer="sgd", epochs=self.settings.epochs, distill=0.9, precision=self.settings.precision)
 
     @property
     def scratch_recipe(self) -> Recipe:
-        return Recipe(epochs=self.settings.scratch_epochs, lr=0.1, precision=self.settings.precision)
+        return Recipe(optimizer="sgd", epochs=self.settings.scratch_epochs, lr=0.1, precision=self.settings.precision)
 
 
 Strategy = Callable[[Bench, int], Row]

@@ -21,7 +21,7 @@ from coppice.errors import CoppiceError, VerificationError
 from coppice.masks import MaskRecipe, Site, choose, cubic, erk, pattern, sites, sparsity
 from coppice.planning import Plan, compose
 from coppice.recipe import Recipe
-from coppice.run import PLAN, SPARSE, read_json, read_tensors
+from coppice.run import INT8, PLAN, SPARSE, read_json, read_tensors
 from coppice.torch.masking import Growing, Held, hold_masks, mask, plan_of, semi_structured, take_in, unpacked, weight_scores
 from coppice.train import fine_tune
 
@@ -338,7 +338,8 @@ def test_structured_then_masks_by_the_command_line(tmp_path: Path, capsys: pytes
     arguments = [
         "prune", "--model", f"{Path(coppice.__file__).parent / 'demo.py'}:digits_net", "--data", "digits", "--target", "macs=0.6",
         "--sparsity", "0.8", "--mask-schedule", "iterative", "--mask-steps", "2", "--epochs", "2", "--criterion", "l1",
-        "--allocation", "global", "--no-repair", "--calibration", "64", "--threads", "1", "--precision", "fp32", "--out", str(out),
+        "--allocation", "global", "--no-repair", "--calibration", "64", "--threads", "1", "--precision", "fp32", "--int8",
+        "--out", str(out),
     ]  # fmt: skip
     assert run(arguments) == 0, capsys.readouterr().err
     assert "80.0 % of" in capsys.readouterr().out
@@ -353,7 +354,9 @@ def test_structured_then_masks_by_the_command_line(tmp_path: Path, capsys: pytes
     model = coppice.load(out)
     zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if n in plan.weight_masks)
     assert zeros >= metrics["masks"]["zeros"]
-    assert "Single weights that are zero" in (out / "report.html").read_text()
+    assert all(text in (out / "report.html").read_text() for text in ("Single weights that are zero", "<h2>INT8</h2>"))
+    assert abs(metrics["int8"]["top1"] - metrics["pruned"]["top1"]) < 10
+    assert metrics["int8"]["bytes"] == (out / INT8).stat().st_size < 0.6 * metrics["int8"]["onnx_bytes"]
 
 
 def test_masks_alone_in_python_with_a_training_of_ones_own(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ METRICS: dict[str, Any] = {
     "modules": {"layer1.2": "residual"}, "notes": [],
     "latency": None,
     "masks": None,
+    "int8": None,
     "regularised": None,
     "seconds": 61.0,
 }  # fmt: skip

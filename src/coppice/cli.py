@@ -19,7 +19,7 @@ import typer
 
 import coppice
 from coppice import cli_latency, cli_masks, cli_modules
-from coppice.cli_masks import MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Regularise, Sparsity, Strength
+from coppice.cli_masks import Int8, MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Regularise, Sparsity, Strength
 from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ def prune(
     mask_scope: MaskScope = None,
     mask_schedule: MaskSchedule = None,
     mask_steps: MaskSteps = None,
+    int8: Int8 = None,
     seed: Seed = None,
     threads: Threads = None,
 ) -> None:

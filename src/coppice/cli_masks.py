@@ -1,4 +1,4 @@
-"""The options of `coppice prune` that shrink weights while training, and that make single weights zero."""
+"""The options of `coppice prune` that shrink weights while training, make single weights zero, and quantise."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ MaskSchedule = Annotated[
     str | None, typer.Option("--mask-schedule", help="one-shot, iterative (in rounds), or cubic (while training) [one-shot]")
 ]
 MaskSteps = Annotated[int | None, typer.Option("--mask-steps", help="rounds of the iterative schedule [3]")]
+
+Int8 = Annotated[bool | None, typer.Option("--int8/--no-int8", help="quantise the exported model too, judged on the test split [no]")]
 
 _FIELDS = {
     "sparsity": "sparsity", "nm": "nm", "mask_criterion": "criterion", "mask_scope": "scope", "mask_schedule": "schedule",

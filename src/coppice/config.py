@@ -59,6 +59,7 @@ class RunConfig:
     regularise: str = ""  # coppice.torch.regularise: shrink before the cut, for the first half of the epochs; "": don't
     strength: str = "auto"  # of it: "auto" or a number
     masks: MaskRecipe = MaskRecipe()  # single weights that become zero after the structured cuts; by itself: instead of them
+    int8: bool = False  # quantise the exported model at the end
     recipe: Recipe = field(default_factory=lambda: Recipe(distill=DISTILL))
     seed: int = 0
     threads: int = 0  # 0: one a core; stored as the number used

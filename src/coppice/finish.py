@@ -16,16 +16,18 @@ from torch import nn
 
 from coppice.config import dump_config
 from coppice.coupling import couple
-from coppice.data import ImageData
-from coppice.errors import VerificationError
+from coppice.data import ImageData, sample_batches
+from coppice.errors import CoppiceError, VerificationError
+from coppice.evaluate import evaluate
 from coppice.export import RTOL, ExportError, export_onnx
 from coppice.forward import logits
 from coppice.latency import latency_model
 from coppice.planning import Plan, kept_widths
+from coppice.quantise import OnnxModel, quantise
 from coppice.report import AxisWidth, render_report
-from coppice.run import CONFIG, METRICS, MODEL, ONNX, PLAN, REPORT, SPARSE, Json, read_tensors, write_tensors, write_text
+from coppice.run import CONFIG, INT8, METRICS, MODEL, ONNX, PLAN, REPORT, SPARSE, Json, read_tensors, write_tensors, write_text
 from coppice.sparse_file import load_sparse, save_sparse
-from coppice.stages import Snapshot, Workbench, example_input, materialise, same_bits, test_metrics
+from coppice.stages import REPAIRED_AT_ONCE, Snapshot, Workbench, example_input, materialise, preprocessing, same_bits, test_metrics
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
 from coppice.torch.trees import named_tensors
@@ -44,6 +46,7 @@ def finish(bench: Workbench, history: Sequence[Snapshot], reached: Snapshot, met
     checks = [*reached.checks, *(_check_whole_plan(bench, plan) if bench.run.config.steps > 1 else []), _check_saved(bench, plan, model)]
     masks, held = _masked(bench, plan, model, reached)
     onnx, notes = _export(bench, model)
+    int8 = _quantised(bench, notes)
     metrics: Json = {
         "dense": {**dense_test, **history[0].cost, "val": dict(history[0].val)},
         "pruned": {**pruned_test, **reached.cost, "val": dict(reached.val)},
@@ -51,6 +54,7 @@ def finish(bench: Workbench, history: Sequence[Snapshot], reached: Snapshot, met
         "latency": _latency(bench, plan, reached),
         "regularised": reached.regularised,
         "masks": masks,
+        "int8": int8,
         "drop": {"val": history[0].top1 - reached.top1, "test": dense_test["top1"] - pruned_test["top1"]},
         "met": met,
         "verified": True,  # what fails a check raises, and nothing is saved
@@ -137,6 +141,26 @@ def _export(bench: Workbench, model: nn.Module) -> tuple[list[str], list[str]]:
             return [], [f"There is no {ONNX}: {error}."]
     within = f"within {check.error:.1e} of the largest output (allowed {RTOL:g})"
     return [f"ONNX Runtime equals PyTorch {within}, {check.images} images in batches of {', '.join(map(str, check.batches))}"], []
+
+
+def _quantised(bench: Workbench, notes: list[str]) -> Json | None:
+    """The exported model in INT8, and how it does on the test split; None where it is not asked for, or nothing could be exported."""
+    onnx, out, config = bench.run.path / ONNX, bench.run.path / INT8, bench.run.config
+    if not config.int8 or not onnx.exists():
+        return None
+    with bench.progress.bar("quantising to INT8"):
+        batches = sample_batches(
+            bench.data.train, preprocessing(bench.data), images=config.calibration, seed=config.seed, batch_size=REPAIRED_AT_ONCE
+        )
+        try:
+            quantise(onnx, out, (x for x, _ in batches))
+        except CoppiceError as error:
+            notes.append(f"There is no {INT8}: {error}.")
+            return None
+    with bench.progress.bar("measuring INT8 on the test split") as advance:
+        found = evaluate(OnnxModel(out), bench.data.test, preprocessing(bench.data), progress=advance)
+    plain = {"top1": found.top1, "top5": found.top5, "n": found.n, "top1_ci95": list(found.top1_ci95)}
+    return {**plain, "bytes": out.stat().st_size, "onnx_bytes": onnx.stat().st_size}
 
 
 def _some_images(bench: Workbench) -> torch.Tensor:

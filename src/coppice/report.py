@@ -58,6 +58,10 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.append((label, humanise(dense[key], key), humanise(pruned[key], key), f"× {ratio:.3f}"))
     if metrics["masks"]:
         rows += _mask_rows(metrics["masks"], dense["bytes"], dense["macs"])
+    if metrics["int8"]:
+        rows.append(_accuracy_row("top-1, test, INT8", dense, metrics["int8"], "top1"))
+        small = metrics["int8"]["bytes"]
+        rows.append(("INT8 file", humanise(dense["bytes"], "bytes"), humanise(small, "bytes"), f"× {small / dense['bytes']:.3f}"))
     return rows
 
 

@@ -2,7 +2,8 @@
 
     config.toml     the settings, versions and machine            journal.json   finished stages and what they found
     state/          weights between stages, gone when it is done   lock           held by the process that works on the run
-    plan.json  model.safetensors  model.onnx  metrics.json  report.html           the outputs; with masks, model.sparse.safetensors too
+    plan.json  model.safetensors  model.onnx  metrics.json  report.html           the outputs
+    model.sparse.safetensors       with masks                      model-int8.onnx   with int8
     manifest.json   SHA-256 of each, written last: a run that has it is complete
 
 A stage is computed once: its result goes into the journal after the weights it refers to are safely on disk, so a process killed at any
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 CONFIG, JOURNAL, LOCK, MANIFEST, STATE = "config.toml", "journal.json", "lock", "manifest.json", "state"
 PLAN, MODEL, ONNX, METRICS, REPORT = "plan.json", "model.safetensors", "model.onnx", "metrics.json", "report.html"
 SPARSE = "model.sparse.safetensors"  # where weights are masked: the same weights in a smaller file (coppice.sparse_file)
-OUTPUTS = (PLAN, MODEL, SPARSE, ONNX, METRICS, REPORT)
+INT8 = "model-int8.onnx"  # where it is asked for
+OUTPUTS = (PLAN, MODEL, SPARSE, ONNX, INT8, METRICS, REPORT)
 
 Json = dict[str, Any]
 
