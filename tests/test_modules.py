@@ -18,7 +18,7 @@ from coppice.errors import CoppiceError, VerificationError
 from coppice.export import export_onnx
 from coppice.planning import Plan, compose
 from coppice.testing.networks import randomise
-from coppice.torch.apply import build
+from coppice.torch.apply import build, slice_optimizer_state
 
 
 class Residual(nn.Module):
@@ -337,11 +337,21 @@ def test_the_state_of_an_optimiser_follows() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     model(x).sum().backward()
     optimizer.step()
-    from coppice.torch.apply import slice_optimizer_state
-
     plan = coppice.remove_modules(coupling, ["left"])
     pruned = coppice.apply(model, plan)
     after = torch.optim.Adam(pruned.parameters())
     after.load_state_dict(slice_optimizer_state(optimizer, model, pruned, plan))
     assert torch.equal(after.state[pruned.out.weight]["exp_avg"], optimizer.state[model.out.weight]["exp_avg"][:, 4:])
     assert torch.equal(after.state[pruned.head.bias]["exp_avg"], optimizer.state[model.head.bias]["exp_avg"])
+    model, x, coupling = made(Merged, (2, 3, 16, 16))  # a merged kernel is a new parameter, and so is its bias
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    plan = coppice.remove_modules(coupling, ["c+d", "a+b"])
+    pruned = coppice.apply(model, plan)
+    after = torch.optim.Adam(pruned.parameters())
+    after.load_state_dict(slice_optimizer_state(optimizer, model, pruned, plan))
+    assert pruned.a.weight not in after.state
+    assert pruned.d.bias not in after.state
+    assert torch.equal(after.state[pruned.e.weight]["exp_avg"], optimizer.state[model.e.weight]["exp_avg"])
+    assert torch.equal(after.state[pruned.j.bias]["exp_avg"], optimizer.state[model.j.bias]["exp_avg"])

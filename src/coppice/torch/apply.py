@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,15 +108,15 @@ def slice_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, pr
     names = {id(p): name for name, p in model.named_parameters()}
     changed = masks_of(model, plan)
     state = copy.deepcopy(optimizer.state_dict())
-    order = [p for group in optimizer.param_groups for p in group["params"]]
+    order: list[Tensor | None] = [p for group in optimizer.param_groups for p in group["params"]]
     sizes = dict(pruned.named_parameters())
     if plan.modules:
-        _leave_out(state, [k for k, p in enumerate(order) if names.get(id(p), "") not in sizes])
-        order = [p for p in order if names.get(id(p), "") in sizes]
+        order = _renumbered(state, names, order, sizes, plan)
     for index, parameter in enumerate(order):
-        name = names.get(id(parameter), "")
+        name = "" if parameter is None else names.get(id(parameter), "")
         if name not in changed or index not in state["state"]:
             continue
+        assert parameter is not None
         slots = state["state"][index]
         for key, value in slots.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -128,13 +128,28 @@ def slice_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, pr
     return state
 
 
-def _leave_out(state: dict[str, Any], gone: list[int]) -> None:
-    """Take the parameters of these numbers out of an optimiser's state, and number the others anew."""
-    count = sum(len(group["params"]) for group in state["param_groups"])
-    number = {old: new for new, old in enumerate(k for k in range(count) if k not in set(gone))}
-    state["state"] = {number[k]: slots for k, slots in state["state"].items() if k in number}
-    for group in state["param_groups"]:
-        group["params"] = [number[k] for k in group["params"] if k in number]
+def _renumbered(
+    state: dict[str, Any], names: Mapping[int, str], order: Sequence[Tensor | None], sizes: Mapping[str, Tensor], plan: Plan
+) -> list[Tensor | None]:
+    """Number an optimiser's state as the parameters of a model without some modules are: group by group, in that model's own order.
+
+    What is new there (the kernel of merged layers, and its bias) has no state, and the group of its module's weight. Answers the dense
+    parameters in the new order (None: a new one).
+    """
+    groups = {names.get(id(order[k]), ""): g for g, group in enumerate(state["param_groups"]) for k in group["params"]}
+    old = {names.get(id(parameter), ""): k for k, parameter in enumerate(order)}
+    sorted_in: list[list[str]] = [[] for _ in state["param_groups"]]
+    for name in sizes:
+        group = groups.get(name, groups.get(name.rpartition(".")[0] + ".weight"))
+        if group is not None:  # else no parameter of the optimiser
+            sorted_in[group].append(name)
+    flat = [name for some in sorted_in for name in some]
+    kept = {name for name in flat if name in old and plan.stays(name)}
+    state["state"] = {k: state["state"][old[name]] for k, name in enumerate(flat) if name in kept and old[name] in state["state"]}
+    number = iter(range(len(flat)))
+    for group, some in zip(state["param_groups"], sorted_in, strict=True):
+        group["params"] = [next(number) for _ in some]
+    return [order[old[name]] if name in kept else None for name in flat]
 
 
 def masks_of(model: nn.Module, plan: Plan) -> dict[str, list[Mask]]:
