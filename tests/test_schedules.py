@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import coppice
+from coppice.cli import run
 from coppice.data import ImageData, load_data
 from coppice.demo import digits_net
 from coppice.errors import CoppiceError
@@ -15,8 +17,9 @@ from coppice.evaluate import evaluate
 from coppice.masks import MaskRecipe
 from coppice.planning import Plan, compose
 from coppice.recipe import Recipe
+from coppice.run import read_json
 from coppice.torch.regularise import regulariser
-from coppice.train import fine_tune, make_optimizer
+from coppice.train import EpochResult, fine_tune, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(epochs=3, lr=0.1, batch_size=64, precision="fp32")
@@ -45,7 +48,7 @@ def test_a_training_goes_on_with_the_smaller_model(at: tuple[float, ...], digits
     assert [result.epoch for result in found.history] == [1, 2, 3]
     assert macs(found.model) <= 0.5 * macs(model)
     assert evaluate(found.model, digits.test, digits.preprocess).top1 > 40
-    assert found.plan is not None
+    assert sum("relative error" in line for line in found.checks) == 2 * len(at)
     assert [t.shape for t in coppice.apply(model, found.plan).state_dict().values()] == [t.shape for t in found.model.state_dict().values()]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -110,3 +113,46 @@ def test_soft_pruning_lets_what_it_took_grow_back() -> None:
     nn.functional.cross_entropy(model(torch.randn(8, 1, 8, 8)), torch.arange(8) % 3).backward()
     optimizer.step()
     assert bool(model[0].weight.detach()[gone].flatten(1).any(1).all())
+
+
+class InterruptError(Exception):
+    pass
+
+
+def test_a_training_with_a_cut_goes_on_where_it_was_stopped(digits: ImageData, tmp_path: Path) -> None:
+    expected = coppice.train_and_prune(fresh(), digits, RECIPE, "macs=0.5")
+
+    def stop(result: EpochResult) -> None:
+        if result.epoch == 2:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        coppice.train_and_prune(fresh(), digits, RECIPE, "macs=0.5", checkpoint=tmp_path / "c.safetensors", on_epoch=stop)
+    epochs: list[int] = []
+    found = coppice.train_and_prune(
+        fresh(), digits, RECIPE, "macs=0.5", checkpoint=tmp_path / "c.safetensors", on_epoch=lambda result: epochs.append(result.epoch)
+    )
+    assert epochs == [3]
+    assert all(torch.equal(a, b) for a, b in zip(found.model.state_dict().values(), expected.model.state_dict().values(), strict=True))
+
+
+def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "prune", "--model", f"{Path(coppice.__file__).parent / 'demo.py'}:digits_net", "--data", "digits", "--target", "macs=0.5",
+        "--cut-after", "0.5", "--epochs", "2", "--lr", "0.1", "--criterion", "l2", "--optimizer", "sgd", "--threads", "1",
+        "--precision", "fp32", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    assert "cuts after 50% of 2 epochs" in capsys.readouterr().err
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert metrics["pruned"]["macs"] <= 0.5 * metrics["dense"]["macs"]
+    assert metrics["pruned"]["top1"] > metrics["dense"]["top1"] + 20
+    assert any("cut after epoch 1" in line for line in metrics["verification"]["checks"])
+    for extra, says in (
+        (["--cut-after", "1.5"], "between 0 and 1"),
+        (["--epochs", "1"], "before and after"),
+        (["--steps", "2"], "--steps"),
+    ):
+        assert run([*arguments[:-1], str(tmp_path / "other"), *extra]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -19,7 +19,7 @@ import typer
 
 import coppice
 from coppice import cli_latency, cli_masks, cli_modules
-from coppice.cli_masks import Int8, MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Regularise, Sparsity, Strength
+from coppice.cli_masks import CutAfter, Int8, MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Regularise, Sparsity, Strength
 from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
@@ -240,6 +240,7 @@ def prune(
         Text,
         typer.Option("--augment", help="none, light, standard, strong, auto (by the data's size), or steps such as crop+mixup [light]"),
     ] = None,
+    cut_after: CutAfter = None,
     regularise: Regularise = None,
     strength: Strength = None,
     sparsity: Sparsity = None,
@@ -388,6 +389,7 @@ def _settings(given: Mapping[str, Any], config: Path | None) -> RunConfig:
         "mean": lambda text: tuple(_numbers("--mean", text, float)),
         "std": lambda text: tuple(_numbers("--std", text, float)),
         "input": lambda text: tuple(_numbers("--input", text, int)),
+        "cut_after": lambda text: tuple(_numbers("--cut-after", text, float)),
         "target": parse_target,
         "split": _splits,
     }

@@ -1,4 +1,4 @@
-"""The options of `coppice prune` that shrink weights while training, make single weights zero, and quantise."""
+"""The options of `coppice prune` that cut or shrink while training, make single weights zero, and quantise."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+CutAfter = Annotated[
+    str | None,
+    typer.Option(
+        "--cut-after", help="train the model, and cut it after these shares of the epochs on the way, such as 0.33", metavar="SHARE"
+    ),
+]
 Regularise = Annotated[
     str | None,
     typer.Option("--regularise", help="shrink before the cut: group-lasso, slimming, l1, l2, growing or soft [don't]", metavar="KIND"),

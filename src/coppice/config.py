@@ -56,6 +56,7 @@ class RunConfig:
     depth: bool = False  # whole modules may go too
     repair: bool = True  # refit the layers after a cut
     stop_early: bool = False  # end fine-tuning after the epoch that holds max_drop on validation
+    cut_after: tuple[float, ...] = ()  # shares of the epochs: train the model by the recipe, and cut it after these on the way
     regularise: str = ""  # coppice.torch.regularise: shrink before the cut, for the first half of the epochs; "": don't
     strength: str = "auto"  # of it: "auto" or a number
     masks: MaskRecipe = MaskRecipe()  # single weights that become zero after the structured cuts; by itself: instead of them
@@ -77,7 +78,7 @@ class RunConfig:
         """Raises CoppiceError naming a setting that is unknown, of the wrong kind or out of bounds."""
         _check_types(plain, cls(), "")
         readers: dict[str, Callable[[Any], Any]] = {
-            "target": parse_target, "preprocess": Preprocess.from_dict, "input": tuple, "splits": dict,
+            "target": parse_target, "preprocess": Preprocess.from_dict, "input": tuple, "cut_after": tuple, "splits": dict,
             "recipe": lambda recipe: Recipe(**_check_types(recipe, Recipe(), "recipe.")),
             "masks": lambda masks: MaskRecipe(**_check_types(masks, MaskRecipe(), "masks.")),
         }  # fmt: skip
@@ -122,6 +123,18 @@ def _check(config: RunConfig) -> None:
             config.regularise in ("", *REGULARISATIONS),
             f"--regularise {config.regularise}: choose one of {', '.join(REGULARISATIONS)}",
         ),
+        (
+            all(0 < share < 1 for share in config.cut_after),
+            f"--cut-after {_listed(config.cut_after)}: shares of the epochs, between 0 and 1",
+        ),
+        (
+            not config.cut_after or (bool(config.target) and config.target.setting is None),
+            f"--cut-after {_listed(config.cut_after)}: give the MACs, parameters or bytes to cut to, as in --target macs=0.5",
+        ),
+        (
+            not config.cut_after or (config.criterion != AUTO and not config.regularise and config.steps == 1),
+            f"--cut-after {_listed(config.cut_after)}: it goes with one criterion, and without --regularise and --steps",
+        ),
         (not config.regularise or bool(config.target), f"--regularise {config.regularise}: it shrinks towards a --target, give one"),
         (not config.regularise or config.recipe.epochs > 0, f"--regularise {config.regularise}: it needs --epochs to work in"),
         (config.strength == "auto" or bool(config.regularise), f"--strength {config.strength}: say of what with --regularise"),
@@ -139,6 +152,10 @@ def _check(config: RunConfig) -> None:
         if not holds:
             raise CoppiceError(message)
     check_options(TRIED[0] if config.criterion == AUTO else config.criterion, config.aggregation, config.normalization)
+
+
+def _listed(shares: tuple[float, ...]) -> str:
+    return ",".join(f"{share:g}" for share in shares)
 
 
 def _is_strength(text: str) -> bool:

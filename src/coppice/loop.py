@@ -41,6 +41,8 @@ from coppice.planning import Plan
 from coppice.progress import Progress, Silent
 from coppice.regularise_stage import regularised
 from coppice.run import CONFIG, METRICS, PLAN, Json, Run, check_manifest, check_out, create_run, load, read_json, resume_run
+from coppice.schedule_stage import trained_and_cut
+from coppice.schedules import cut_epochs
 from coppice.seeding import seeded
 from coppice.stages import (
     REPAIRED_AT_ONCE,
@@ -196,6 +198,8 @@ def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
     if isinstance(data, ImageData):
         check_classes(data, outputs)
     coupling = couple(capture(dense, (example,)))
+    if config.cut_after:
+        cut_epochs(config.cut_after, config.recipe.epochs)
     if config.masks and not sites(coupling)[0]:
         raise CoppiceError(NOTHING)
     if config.target:
@@ -273,6 +277,8 @@ def _towards_target(bench: Workbench, history: list[Snapshot]) -> Snapshot:
     """Cut to the target, then fine-tune again for as long as the floor is not held and it helps."""
     config = bench.run.config
     budgets, epochs = config.target.resolve(bench.cost), config.recipe.epochs
+    if config.cut_after:
+        return _noted(bench, history, trained_and_cut(bench, "trained", history[0]))
     if not config.regularise:
         return _approach(bench, "", history, budgets, config.steps, epochs, config.rounds)
     before = -(-epochs // 2)  # as many epochs in all as without it

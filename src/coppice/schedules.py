@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from coppice.criteria import batch_of, score
 from coppice.data import ImageData, Loaders, sample_batches
 from coppice.errors import CoppiceError
 from coppice.planning import Plan, compose
+from coppice.planning import make_plan as plan_that_keeps
 from coppice.recipe import Recipe
 from coppice.stages import example_input, preprocessing
 from coppice.targets import Target, parse_target
@@ -31,12 +33,13 @@ from coppice.train import EpochResult, choose, fine_tune, fitting, make_optimize
 
 @dataclass(frozen=True)
 class Trained:
-    """The smaller model, the plan against the model that the training began with, and every epoch, with its seconds."""
+    """The smaller model, the plan against the model that the training began with, every epoch with its seconds, and what was verified."""
 
     model: nn.Module
-    plan: Plan | None
+    plan: Plan
     history: tuple[EpochResult, ...]
-    cut_after: tuple[int, ...]  # epochs
+    checks: tuple[str, ...]
+    max_error: float
 
 
 def train_and_prune(
@@ -53,42 +56,53 @@ def train_and_prune(
     seed: int = 0,
     calibration: int = 512,
     on_epoch: Callable[[EpochResult], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> Trained:
     """Train a copy of `model` by `recipe` and cut it to `target` on the way, after the shares `at` of the epochs (several: in equal steps).
 
     Each cut is verified; momentum is cut as the weights are, and the learning rate goes on as if there had been none. An average of the
-    weights (`recipe.ema`) begins anew after a cut. CoppiceError where a share leaves no epoch before or after it, or a target can't be met.
+    weights (`recipe.ema`) begins anew after a cut. `checkpoint`: as for `fine_tune`, one file a part. CoppiceError where a share leaves no
+    epoch before or after it, or a target can't be met.
     """
     wanted = parse_target(target)
     if not wanted or wanted.setting is not None:
         raise CoppiceError("a cut in the midst of a training needs a target of MACs, parameters or bytes, such as macs=0.5")
-    ends = [round(share * recipe.epochs) for share in at]
-    if not ends or sorted(set(ends)) != ends or ends[0] < 1 or ends[-1] >= recipe.epochs:
-        raise CoppiceError(
-            f"cuts after {', '.join(map(str, ends))} of {recipe.epochs} epochs: there must be an epoch before and after each"
-        )
-    now, history, whole = copy.deepcopy(model), list[EpochResult](), None
+    ends = cut_epochs(at, recipe.epochs)
+    now, history, checks, worst = copy.deepcopy(model), list[EpochResult](), list[str](), 0.0
     recipe = fitting(data, recipe)
     if recipe.open:
         recipe = choose(now, data, recipe, teacher=teacher, plan=None, seed=seed)[0].recipe
     optimizer = make_optimizer(now, recipe)
-    dense = couple(capture(now, (example_input(data),))).cost()
-    for k, (first, last) in enumerate(itertools.pairwise([0, *ends, recipe.epochs])):
-        plan = None if teacher is None else whole
-        span = (first, last)
-        history += fine_tune(now, data, recipe, teacher=teacher, plan=plan, seed=seed, on_epoch=on_epoch, span=span, optimizer=optimizer)
-        if last < recipe.epochs:
-            part = (k + 1) / len(ends)
-            budgets = {key: getattr(dense, key) * (b / getattr(dense, key)) ** part for key, b in wanted.resolve(dense).items()}
+    coupling = couple(capture(now.eval(), (example_input(data),)))
+    dense, whole = coupling.cost(), plan_that_keeps(coupling, {})
+    for k, span in enumerate(itertools.pairwise([0, *ends, recipe.epochs])):
+        part = checkpoint.with_name(f"{checkpoint.stem}.{k}{checkpoint.suffix}") if checkpoint else None
+        history += fine_tune(
+            now, data, recipe, teacher=teacher, plan=whole, seed=seed, on_epoch=on_epoch, span=span, optimizer=optimizer, checkpoint=part
+        )
+        if span[1] < recipe.epochs:
+            share = (k + 1) / len(ends)
+            budgets = {key: getattr(dense, key) * (b / getattr(dense, key)) ** share for key, b in wanted.resolve(dense).items()}
             coupling = couple(capture(now.eval(), (example_input(data),)))
             batches = sample_batches(data.train, preprocessing(data), images=calibration, seed=seed, batch_size=batch_of(criterion))
             step = make_plan(coupling, score(now, coupling, criterion, batches, seed=seed), budgets, round_to=round_to, min_width=min_width)
             smaller = apply(now, step)
-            verify(now, smaller, coupling, step)
+            found = verify(now, smaller, coupling, step)
+            checks, worst = [*checks, *(f"cut after epoch {span[1]}: {line}" for line in found.checked)], max(worst, found.max_error)
             fresh = make_optimizer(smaller, recipe)
             fresh.load_state_dict(slice_optimizer_state(optimizer, now, smaller, step))
-            now, optimizer, whole = smaller, fresh, step if whole is None else compose(whole, step)
-    return Trained(now, whole, tuple(history), tuple(ends))
+            now, optimizer, whole = smaller, fresh, compose(whole, step)
+    return Trained(now, whole, tuple(history), tuple(checks), worst)
+
+
+def cut_epochs(at: Sequence[float], epochs: int) -> list[int]:
+    """After which epochs the cuts come. Raises CoppiceError unless there is an epoch before and after each."""
+    ends = [round(share * epochs) for share in at]
+    if not ends or sorted(set(ends)) != ends or ends[0] < 1 or ends[-1] >= epochs:
+        raise CoppiceError(
+            f"cuts after {', '.join(map(str, ends)) or 'none'} of {epochs} epochs: there must be an epoch before and after each"
+        )
+    return ends
 
 
 def rewind(pruned: nn.Module, plan: Plan, model: nn.Module, earlier: Mapping[str, Tensor]) -> nn.Module:

@@ -360,7 +360,7 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
         state = before.state if worse else bench.run.save_state(name, model.state_dict())
         bench.run.state_path(f"{name}.checkpoint").unlink(missing_ok=True)
         kept = before.val if worse else val
-        how = "" if bench.train is not None else described(_recipe(bench, before, epochs, rate))
+        how = "" if bench.train is not None else described(settled_recipe(bench, before, epochs, rate))
         training = [asdict(result) for result in results]
         after = replace(before, stage=name, state=state, val=kept, epochs=epochs, training=training, optimizer=how, taken=not worse)
         return asdict(after)
@@ -390,7 +390,7 @@ def trained(
         bench.progress.say(f"{line}, {said}" if (said := along.said() if along else "") else line)
 
     config = bench.run.config
-    recipe = _recipe(bench, before, epochs, rate)
+    recipe = settled_recipe(bench, before, epochs, rate)
     with bench.progress.bar(f"{name}: fine-tuning") as advance:
         return fine_tune(
             model,
@@ -444,7 +444,7 @@ def _precision(bench: Workbench) -> Any:
     return bench.run.stage("precision", measure)["precision"]
 
 
-def _recipe(bench: Workbench, before: Snapshot, epochs: int, rate: float) -> Recipe:
+def settled_recipe(bench: Workbench, before: Snapshot, epochs: int, rate: float) -> Recipe:
     """The run's recipe with precision and optimiser; an open one is rehearsed once a run, on the first model that is to be trained."""
     recipe = replace(bench.run.config.recipe, epochs=epochs, precision=_precision(bench))
 
