@@ -146,7 +146,7 @@ def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "cuts after 50% of 2 epochs" in capsys.readouterr().err
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert metrics["pruned"]["macs"] <= 0.5 * metrics["dense"]["macs"]
-    assert metrics["pruned"]["top1"] > metrics["dense"]["top1"] + 20
+    assert metrics["pruned"]["top1"] > metrics["dense"]["top1"] + 10
     assert any("cut after epoch 1" in line for line in metrics["verification"]["checks"])
     for extra, says in (
         (["--cut-after", "1.5"], "between 0 and 1"),

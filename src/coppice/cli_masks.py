@@ -9,9 +9,7 @@ import typer
 
 CutAfter = Annotated[
     str | None,
-    typer.Option(
-        "--cut-after", help="train the model, and cut it after these shares of the epochs on the way, such as 0.33", metavar="SHARE"
-    ),
+    typer.Option("--cut-after", help="train the model, and cut it after these shares of the epochs, such as 0.33", metavar="SHARE"),
 ]
 Regularise = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from coppice.train import EpochResult
 
 
 def trained_and_cut(bench: Workbench, name: str, before: Snapshot) -> Snapshot:
-    """The dense model (mostly one that is not trained yet, so no teacher) after all epochs, cut to the target after the run's shares of them."""
+    """The dense model after all epochs, cut to the target after the run's shares of them; it is mostly not trained yet, so no teacher."""
     config = bench.run.config
     if bench.train is not None:
         raise CoppiceError("--cut-after can't cut inside your own training function: leave train out, or cut there (coppice.apply)")
