@@ -14,7 +14,7 @@ what takes the last index that has to go for the target down to zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +88,7 @@ class Regulariser:
         if not self._scored:
             raise CoppiceError(f"{kind}: no BatchNorm with a scale lies on an axis that can be cut, choose another regularisation")
         with torch.no_grad():
-            self._counts = self._by_group(lambda p: torch.ones_like(p)).clamp_min(1)
+            self._counts = self._by_group(torch.ones_like).clamp_min(1)
             start = self._norms()
             self._means = torch.cat([torch.full_like(part, float(part.mean()) or 1.0) for part in self._split(start)])
             self._element_means = {id(p): float(p.abs().mean()) for p in self._parameters}
@@ -147,14 +147,14 @@ class Regulariser:
     def said(self) -> str:
         """The sparsity reached: how many indices are near zero, and the MACs that would stay without them."""
         near = self._relative() < NEAR_ZERO
-        keep = [~part.numpy() for part in self._split(near)]
+        keep = [~part.numpy() for part in self._split(near.cpu())]
         widths = {axis.id: max(1, int(k.sum())) for axis, k in zip(self._coupling.prunable, keep, strict=True)}
         left = self._coupling.cost(widths).macs / self._coupling.cost().macs
         return f"{100 * float(near.float().mean()):.0f} % of the indices are near zero, {left:.2f} of the MACs would stay without them"
 
     def scores(self) -> Scores:
         """The norm of each index relative to its axis's mean at the start: for `coppice.plan` with a target."""
-        parts = self._split(self._relative())
+        parts = self._split(self._relative().cpu())
         return Scores(
             {axis.id: part.numpy().astype(np.float64) for axis, part in zip(self._coupling.prunable, parts, strict=True)}, additive=False
         )
@@ -173,15 +173,15 @@ class Regulariser:
 
     # --- groups: all indices of all prunable axes, one after the other
 
-    def _by_group(self, elements: object) -> Tensor:
-        total = torch.zeros(int(self._ends[-1]), dtype=torch.float64)
+    def _by_group(self, elements: Callable[[Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(int(self._ends[-1]), dtype=torch.float64, device=self._sites[0].parameter.device)
         for site in self._scored:
-            site.sums(elements(site.parameter), total)  # type: ignore[operator]
+            site.sums(elements(site.parameter.detach()), total)
         return total
 
     def _norms(self) -> Tensor:
         """Root mean square of all weights that an index touches."""
-        return (self._by_group(lambda p: p.detach().double().square()) / self._counts).sqrt()
+        return (self._by_group(lambda p: p.double().square()) / self._counts).sqrt()
 
     def _relative(self) -> Tensor:
         with torch.no_grad():
@@ -209,7 +209,7 @@ class Regulariser:
     def _gone_by(self, plan: Plan) -> Tensor:
         kept = {axis.name: axis.keep for axis in plan.axes}
         gone = [~np.isin(np.arange(axis.width), kept[axis.name]) for axis in self._coupling.prunable]
-        return torch.from_numpy(np.concatenate(gone))
+        return torch.from_numpy(np.concatenate(gone)).to(self._means.device)
 
     def _automatic(self) -> float:
         if self.kind in ("growing", "soft"):
@@ -272,7 +272,7 @@ def _sites(model: nn.Module, coupling: Coupling, ends: Array) -> list[_Site]:
             continue
         for dim, axis in enumerate(coupling.dims[value.id]):
             for groups in _groups(axis, first):
-                where = torch.from_numpy(groups)
+                where = torch.from_numpy(groups).to(parameter.device)
                 found.append(_Site(parameter, dim, where, where >= 0))
     return found
 
