@@ -19,6 +19,7 @@ from coppice.export import export_onnx
 from coppice.planning import Plan, compose
 from coppice.testing.networks import randomise
 from coppice.torch.apply import build, slice_optimizer_state
+from known_nets import AWKWARD
 
 
 class Residual(nn.Module):
@@ -316,6 +317,13 @@ def test_a_wrong_removal_is_found() -> None:
         changed.head.weight[0, 0] += 1
     with pytest.raises(VerificationError, match=r"head\.weight"):
         coppice.verify(model, changed, coupling, plan)
+
+
+def test_attention_that_the_block_itself_reshapes_is_no_candidate() -> None:
+    """A projection that passes on its input would give the code another shape than it asks for."""
+    model, inputs = AWKWARD["three_numbers_in_one_view"]()
+    found = {c.kind for c in coppice.removable(coppice.couple(coppice.capture(model, inputs)))}
+    assert "attention" not in found
 
 
 def test_what_can_not_go_is_refused_in_a_sentence() -> None:

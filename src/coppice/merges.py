@@ -50,12 +50,13 @@ class _Run:
 
 
 def merges(finder: Finder) -> Iterator[Removable]:
-    layers = {found.reads: found for call in finder.calls if (found := _linear(finder, call)) is not None}
-    for first in layers.values():
+    found = [layer for call in finder.calls if (layer := _linear(finder, call)) is not None]
+    readers = {layer.reads: layer for layer in found}  # where there are several, none of them is the second of a merge
+    for first in found:
         if (whole := _with_shortcut(finder, first)) is not None:
             yield whole
         run = _run_after(finder, first)
-        second = None if run is None else layers.get(run.end)
+        second = None if run is None else readers.get(run.end)
         if run is not None and second is not None and finder.flow.only_use(run.end) is not None:
             merged = _merged(finder, first, run, second)
             if merged is not None:

@@ -33,7 +33,7 @@ def removable(coupling: Coupling) -> list[Removable]:
 
 
 class Finder:
-    """Looks for candidates in one graph."""
+    """Looks for candidates in one graph. ``calls`` are the modules called once, outermost first; ``sizes`` those of parameters, by name."""
 
     def __init__(self, coupling: Coupling) -> None:
         self.coupling, self.graph = coupling, coupling.graph
@@ -43,7 +43,7 @@ class Finder:
         self.calls.sort(key=lambda call: (call.first - call.last, len(call.path)))  # outermost first
         self.sizes = {n: math.prod(v.shape) for v in self.graph.weights() for n in v.names if v.kind is Kind.PARAMETER}
         self.tied = {find(axis) for tie in coupling.ties for axis in tie}
-        self.seen: set[frozenset[tuple[int, Source]]] = set()
+        self._seen: set[frozenset[tuple[int, Source]]] = set()
 
     def found(self) -> list[Removable]:
         found = [c for k, op in enumerate(self.graph.ops) for c in self._at(k, op) if c is not None]
@@ -72,7 +72,7 @@ class Finder:
             if stays == goes or self.flow.shape(stays) != self.flow.shape(total) or not self._is_worth(dead[goes]):
                 continue
             begins = self.flow.entries(dead[goes])
-            twin = begins == self.flow.entries(dead[stays]) and self.macs(dead[goes]) > self.macs(dead[stays])
+            twin = begins == self.flow.entries(dead[stays]) and self._macs(dead[goes]) > self._macs(dead[stays])
             if stays in begins or twin:
                 yield self._sum_without(k, stays, goes)
 
@@ -80,16 +80,16 @@ class Finder:
         total = self.flow.writes[k][0]
         clipped = self._clipped_alike(total, stays)
         for target in (clipped, total):
-            if target is not None and (edit := self.passing(target, stays, self.flow.dead({target: stays}))) is not None:
-                return self.candidate({target: stays}, [edit], self._what(self.flow.dead({total: stays})))
+            if target is not None and (edit := self._passing(target, stays, self.flow.dead({target: stays}))) is not None:
+                return self._candidate({target: stays}, [edit], self._what(self.flow.dead({total: stays})))
         dead = self.flow.dead({total: stays})
         owner = next((call for call in self.calls if call.path == self.graph.ops[k].module), None)
         if owner is not None and (edit := self._chain(owner, {total: stays}, dead)) is not None:
-            return self.candidate({total: stays}, [edit], self._what(dead), owner.path)
+            return self._candidate({total: stays}, [edit], self._what(dead), owner.path)
         if self.flow.value[total] == self.flow.value[goes]:
             return None  # the code adds in place: a zero that broadcasts can't hold the sum
-        edit = self.constant(self._behind_products(goes), Constant.ZERO, dead)
-        return None if edit is None else self.candidate({total: stays}, [edit], self._what(dead), self.graph.ops[k].module)
+        edit = self._constant(self._behind_products(goes), Constant.ZERO, dead)
+        return None if edit is None else self._candidate({total: stays}, [edit], self._what(dead), self.graph.ops[k].module)
 
     def _clipped_alike(self, total: int, stays: int) -> int | None:
         """What an activation makes of ``total``, if nothing else reads that, and ``stays`` went through such a one before."""
@@ -137,11 +137,11 @@ class Finder:
             dead = self.flow.dead({total: stays})
             is_gate = made_by is not None and self.graph.ops[made_by].attrs.get("function") == "gate"
             if is_gate and self._is_worth(dead) and stays in self.flow.entries(dead):
-                edit = self.passing(total, stays, dead)
+                edit = self._passing(total, stays, dead)
                 if edit is not None:
-                    yield self.candidate({total: stays}, [edit], "gate")
-                elif (edit := self.constant(gate, Constant.ONE, dead)) is not None:
-                    yield self.candidate({total: stays}, [edit], "gate", self.graph.ops[k].module)
+                    yield self._candidate({total: stays}, [edit], "gate")
+                elif (edit := self._constant(gate, Constant.ONE, dead)) is not None:
+                    yield self._candidate({total: stays}, [edit], "gate", self.graph.ops[k].module)
 
     def _branches(self, k: int) -> Iterator[Removable | None]:
         """A part of a concat that nothing but concats read goes, with the columns of all that reads these."""
@@ -157,8 +157,8 @@ class Finder:
             dead = self.flow.dead({version: Constant.NOTHING})
             emptied = tuple(dict.fromkeys(atoms(self.coupling.dims[self.flow.value[version]][dim])))
             if self._is_worth(dead) and self._can_empty(emptied, dead):
-                edit = self.constant(self._before_code(version), Constant.NOTHING, dead)
-                yield None if edit is None else self.candidate({version: Constant.NOTHING}, [edit], "branch", emptied=emptied)
+                edit = self._constant(self._before_code(version), Constant.NOTHING, dead)
+                yield None if edit is None else self._candidate({version: Constant.NOTHING}, [edit], "branch", emptied=emptied)
 
     def _before_code(self, version: int) -> int:
         """What a module gives that ``version`` is made of by functions of one number each in the code, which leave nothing nothing."""
@@ -186,23 +186,23 @@ class Finder:
             return None
         dead = self.flow.dead({after: before})
         inside = all(call.first <= k < call.last for k in dead)
-        edit = self.passing(after, before, dead) if inside and self._is_worth(dead) else None
-        return None if edit is None else self.candidate({after: before}, [edit], "layer")
+        edit = self._passing(after, before, dead) if inside and self._is_worth(dead) else None
+        return None if edit is None else self._candidate({after: before}, [edit], "layer")
 
     # --- how the code does without it -------------------------------------------------------------------------------
 
-    def passing(self, target: int, source: int, dead: frozenset[int]) -> Edit | None:
+    def _passing(self, target: int, source: int, dead: frozenset[int]) -> Edit | None:
         """The outermost module that gives ``target`` and is given ``source``, as one that passes that on."""
         for call in self.calls:
-            if call.bare and self.gives(call, target) and self.is_dead(call, dead):
+            if call.bare and self.gives(call, target) and self._is_dead(call, dead):
                 given = [self.flow.at(v, call.first) for v in call.inputs]
                 if source in given:
-                    return pass_on(call, given.index(source))
+                    return _pass_on(call, given.index(source))
         return None
 
-    def constant(self, target: int, constant: Constant, dead: frozenset[int]) -> Edit | None:
+    def _constant(self, target: int, constant: Constant, dead: frozenset[int]) -> Edit | None:
         """The outermost module that gives ``target``, as one that answers a constant."""
-        call = next((c for c in self.calls if c.bare and self.gives(c, target) and self.is_dead(c, dead)), None)
+        call = next((c for c in self.calls if c.bare and self.gives(c, target) and self._is_dead(c, dead)), None)
         return None if call is None else Edit(call.path, constant.value, {"dims": len(self.flow.shape(target))})
 
     def _chain(self, owner: ModuleCall, substitutes: Mapping[int, Source], dead: frozenset[int]) -> Edit | None:
@@ -213,20 +213,20 @@ class Finder:
         now, k = self.flow.at(owner.inputs[0], owner.first), owner.first
         inside = [c for c in self.graph.calls if c.path.startswith(owner.path + ".") and c.bare and len(c.inputs) == 1]
         while k < owner.last:
-            if k in dead or self.writes_unread(k):
+            if k in dead or self._writes_unread(k):
                 k += 1
                 continue
-            within = [c for c in inside if c.first <= k < c.last and self.resolved(self.flow.at(c.inputs[0], c.first), substitutes) == now]
+            within = [c for c in inside if c.first <= k < c.last and self._resolved(self.flow.at(c.inputs[0], c.first), substitutes) == now]
             if not within:
                 return None
             step = max(within, key=lambda c: (c.last - c.first, -len(c.path)))
             steps.append(step.path[len(owner.path) + 1 :])
             now, k = self.flow.at(step.outputs[0], step.last), step.last
-        ends = self.resolved(self.flow.at(owner.outputs[0], owner.last), substitutes)
+        ends = self._resolved(self.flow.at(owner.outputs[0], owner.last), substitutes)
         return Edit(owner.path, "chain", {"steps": steps}) if steps and ends == now else None
 
     @staticmethod
-    def resolved(version: int | None, substitutes: Mapping[int, Source]) -> Source | None:
+    def _resolved(version: int | None, substitutes: Mapping[int, Source]) -> Source | None:
         while version is not None and version in substitutes:
             source = substitutes[version]
             if not isinstance(source, int):
@@ -237,31 +237,36 @@ class Finder:
     def gives(self, call: ModuleCall, version: int) -> bool:
         return self.flow.at(call.outputs[0], call.last) == version
 
-    def is_dead(self, call: ModuleCall, dead: frozenset[int]) -> bool:
-        return all(k in dead or not self.flow.writes[k] or self.writes_unread(k) for k in range(call.first, call.last))
+    def _is_dead(self, call: ModuleCall, dead: frozenset[int]) -> bool:
+        return all(k in dead or not self.flow.writes[k] or self._writes_unread(k) for k in range(call.first, call.last))
 
-    def writes_unread(self, k: int) -> bool:
+    def _writes_unread(self, k: int) -> bool:
         return not any(self.flow.uses[v] or v in self.flow.outputs for v in self.flow.writes[k])
 
-    def candidate(
+    def _candidate(
         self, substitutes: dict[int, Source], edits: list[Edit], kind: str, owner: str | None = None, emptied: tuple[Axis, ...] = ()
     ) -> Removable | None:
         """The candidate, with all other modules that only the removed ones need out of the way; None where some product stays."""
         key = frozenset(substitutes.items())
-        if key in self.seen:
+        if key in self._seen:
             return None
         dead = self.flow.dead(substitutes)
         covered = {k for call in self.calls for e in edits if e.path == call.path for k in range(call.first, call.last)}
+        reshaped = False
         for call in self.calls:
             inside = any(e.path == call.path or call.path.startswith(e.path + ".") for e in edits)
             around = any(e.path.startswith(call.path + ".") for e in edits)
             ops = range(call.first, call.last)
-            if not inside and not around and call.inputs and self.is_dead(call, dead) and self.has_weights(ops):
-                edits.append(pass_on(call, 0))
+            if not inside and not around and call.inputs and self._is_dead(call, dead) and self._has_weights(ops):
+                edits.append(_pass_on(call, 0))
                 covered.update(ops)
-        if any(self.graph.ops[k].rule in PRODUCTS for k in dead - covered if self.has_weights([k])):
+                reshaped = reshaped or call.inputs[0] is None or self.graph.shape(call.inputs[0]) != self.graph.shape(call.outputs[0] or 0)
+        in_the_code = [self.graph.ops[k].rule for k in dead - covered]
+        if any(self.graph.ops[k].rule in PRODUCTS for k in dead - covered if self._has_weights([k])):
             return None
-        self.seen.add(key)
+        if reshaped and any(rule not in ("pointwise", "spatial2d") for rule in in_the_code):
+            return None  # code that reshapes what a module gave fails on what is passed on instead
+        self._seen.add(key)
         name = edits[0].path if owner is None else f"{owner}:{kind}" if owner else kind
         macs, params = self._saved(dead, emptied)
         span = (min(dead | covered), max(dead | covered) + 1)
@@ -276,9 +281,9 @@ class Finder:
             if value.kind is Kind.PARAMETER:
                 stays = 0 if value.id in gone else math.prod(width(axis, without) for axis in self.coupling.dims[value.id])
                 params += math.prod(value.shape) - stays
-        return self.macs(dead) + columns, params
+        return self._macs(dead) + columns, params
 
-    def has_weights(self, ops: Iterable[int]) -> bool:
+    def _has_weights(self, ops: Iterable[int]) -> bool:
         kinds = (Kind.PARAMETER, Kind.BUFFER)
         return any(self.graph.values[self.flow.value[v]].kind in kinds for k in ops for v in self.flow.reads[k])
 
@@ -286,11 +291,11 @@ class Finder:
         """Whether a product with a weight goes."""
         return any(self.graph.ops[k].rule in PRODUCTS for k in dead)
 
-    def macs(self, dead: frozenset[int]) -> int:
+    def _macs(self, dead: frozenset[int]) -> int:
         return sum(term.evaluate({}) for k in dead for term in self.coupling.ops[k].macs)
 
 
-def pass_on(call: ModuleCall, argument: int) -> Edit:
+def _pass_on(call: ModuleCall, argument: int) -> Edit:
     """``call``'s module as one that passes on an argument, in what the module used to answer."""
     if call.bare and len(call.inputs) == 1:
         return Edit(call.path, "identity")
