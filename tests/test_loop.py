@@ -18,12 +18,12 @@ from coppice.criteria import TRIED
 from coppice.data import ImageData, load_data
 from coppice.demo import DigitsNet, demo_config, train_dense
 from coppice.errors import CoppiceError
-from coppice.loop import interpolate
 from coppice.models import load_model
 from coppice.preprocess import Preprocess
 from coppice.progress import Silent
 from coppice.recipe import Recipe
 from coppice.stages import same_bits
+from coppice.targets import interpolate
 
 QUICK = {"recipe": Recipe(epochs=1, lr=0.02, batch_size=64, precision="fp32"), "threads": 1}
 

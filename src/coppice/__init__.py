@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from coppice.criteria import score
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
-    from coppice.front_ends import apply, capture, verify
-    from coppice.loop import Result, prune
+    from coppice.front_ends import apply, capture, prune, verify
+    from coppice.loop import Result
     from coppice.masks import MaskRecipe
     from coppice.modules import removable
     from coppice.planning import Plan, remove, remove_modules
@@ -44,7 +44,7 @@ _HOMES = {
     "mask": "coppice.torch.masking",
     "measure": "coppice.timing",
     "plan": "coppice.allocate",
-    "prune": "coppice.loop",
+    "prune": "coppice.front_ends",
     "removable": "coppice.modules",
     "regulariser": "coppice.torch.regularise",
     "remove": "coppice.planning",

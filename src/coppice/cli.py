@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import coppice
-from coppice import cli_latency, cli_masks, cli_modules
+from coppice import cli_keras, cli_latency, cli_masks, cli_modules
 from coppice.cli_masks import CutAfter, Int8, MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Regularise, Sparsity, Strength
 from coppice.errors import CoppiceError
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from coppice.config import RunConfig
     from coppice.coupling import Coupling
     from coppice.curves import Sensitivity
+    from coppice.keras.loop import KerasResult
     from coppice.loop import Result
+    from coppice.metrics import Metrics
     from coppice.run import Json
 
 app = typer.Typer(
@@ -42,9 +44,10 @@ app.command()(cli_latency.predict)
 
 # Options that several commands share. None means "not given": the defaults live in RunConfig.
 Text = str | None  # a module-level alias, evaluated when typer reads the annotations
-Model = Annotated[str, typer.Option("--model", help="FILE.py:factory, torchvision:NAME or timm:NAME", metavar="SPEC")]
+Model = Annotated[str, typer.Option("--model", help="FILE.py:factory, torchvision:NAME, timm:NAME or FILE.keras", metavar="SPEC")]
 Weights = Annotated[Text, typer.Option("--weights", help=".safetensors, or .pth/.pt holding only tensors", metavar="FILE")]
 NumClasses = Annotated[int | None, typer.Option("--num-classes", help="passed to the factory")]
+Code = Annotated[Text, typer.Option("--code", help="of a .keras file: Python with the classes it needs; it is run", metavar="FILE")]
 Input = Annotated[Text, typer.Option("--input", help="shape of an example input, such as 1,3,224,224", metavar="N,C,H,W")]
 DataSpec = Annotated[Text, typer.Option("--data", help="a folder, a parquet or arrow file, or digits", metavar="PATH")]
 Mean = Annotated[Text, typer.Option("--mean", help="per channel, for pixels in 0..1", metavar="R,G,B")]
@@ -82,6 +85,7 @@ def inspect(
     weights: Weights = None,
     input: Input = None,
     num_classes: NumClasses = None,
+    code: Code = None,
     axis: Annotated[Text, typer.Option("--axis", help="show what goes with this one", metavar="NAME")] = None,
     modules: Annotated[bool, typer.Option("--modules", help="list the modules that can go as a whole")] = False,
     data: Annotated[Text, typer.Option("--data", help="with --modules: score them on its training images", metavar="PATH")] = None,
@@ -94,10 +98,13 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the axes of a model: what is coupled, what each share of the cost is, what moves together, what is pinned and why."""
+    if cli_keras.is_file(model):
+        coupling, found = cli_keras.coupled(model, code, _numbers("--input", input, int) if input else None)
+        _show_axes(coupling, model, found, axis, as_json)
+        return
     import torch
 
     from coppice.coupling import couple
-    from coppice.inspection import inspect_axes
     from coppice.models import load_model
     from coppice.torch.capture import capture
 
@@ -121,13 +128,7 @@ def inspect(
         return
     if data or score or runtime:
         raise CoppiceError("--data, --score and --runtime go with --modules: add it")
-    found = {"model": model, "input": list(shape), **inspect_axes(coupling)}
-    if axis is not None:
-        _print_sites(coupling, axis, as_json)
-    elif as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        _print_axes(found)
+    _show_axes(coupling, model, shape, axis, as_json)
 
 
 @app.command()
@@ -183,8 +184,11 @@ def sensitivity(
 
 @app.command()
 def prune(
-    model: Annotated[Text, typer.Option("--model", help="FILE.py:factory, torchvision:NAME or timm:NAME", metavar="SPEC")] = None,
+    model: Annotated[
+        Text, typer.Option("--model", help="FILE.py:factory, torchvision:NAME, timm:NAME or FILE.keras", metavar="SPEC")
+    ] = None,
     weights: Weights = None,
+    code: Code = None,
     data: DataSpec = None,
     target: Annotated[
         list[str] | None,
@@ -264,6 +268,8 @@ def prune(
         return
     if out is None:
         raise CoppiceError("name the run folder with --out")
+    if cli_keras.is_file(model or "") and config is None:
+        given = {**cli_keras.defaults(), **given}
     settings = _settings(given, config)
     _finish(out, lambda: _prune(settings, out))
 
@@ -273,6 +279,7 @@ def evaluate(
     model: Annotated[str, typer.Option("--model", help="a run folder, or a model as for prune", metavar="RUN|SPEC")],
     data: DataSpec = None,
     weights: Weights = None,
+    code: Code = None,
     num_classes: NumClasses = None,
     mean: Mean = None,
     std: Std = None,
@@ -287,6 +294,15 @@ def evaluate(
 ) -> None:
     """Accuracy of a run's pruned model, or of any model, on a data set."""
     given = {k: v for k, v in locals().items() if v is not None and k not in ("part", "as_json", "model")}
+    if part not in ("test", "val", "train"):
+        raise CoppiceError(f"--part {part}: choose test, val or train")
+    if cli_keras.is_file(model) or cli_keras.is_run(Path(model)):
+        keras_settings = (
+            _settings(given, Path(model) / "config.toml") if Path(model).is_dir() else _settings(given | {"model": model}, None)
+        )
+        with _terminal().bar("measuring") as advance:
+            _print_metrics(part, *cli_keras.measured(Path(model), keras_settings, part, advance), as_json)
+        return
     from coppice.data import check_classes, load_data
     from coppice.evaluate import evaluate as measure
     from coppice.loop import count_outputs
@@ -295,8 +311,6 @@ def evaluate(
     from coppice.run import CONFIG, load
     from coppice.stages import threads as fixed_threads
 
-    if part not in ("test", "val", "train"):
-        raise CoppiceError(f"--part {part}: choose test, val or train")
     folder = Path(model)
     is_run = folder.is_dir()
     if is_run and (weights or num_classes):
@@ -311,27 +325,7 @@ def evaluate(
         )
         check_classes(images, count_outputs(network, images))
         found = measure(network, getattr(images, part), images.preprocess, progress=advance)
-    low, high = found.top1_ci95
-    if as_json:
-        classes = dict(zip(images.classes, found.per_class, strict=True))
-        typer.echo(
-            json.dumps(
-                {
-                    "part": part,
-                    "images": found.n,
-                    "top1": found.top1,
-                    "top1_ci95": [low, high],
-                    "top5": found.top5,
-                    "loss": found.loss,
-                    "per_class": classes,
-                }
-            )
-        )
-    else:
-        typer.echo(
-            f"{part}, {found.n} images: top-1 {found.top1:.2f} % (95 %: {low:.2f} - {high:.2f}), "
-            f"top-5 {found.top5:.2f} %, loss {found.loss:.4f}"
-        )
+    _print_metrics(part, found, images.classes, as_json)
 
 
 @app.command()
@@ -424,22 +418,26 @@ def _flag(name: str) -> str:
 # --- doing and saying -----------------------------------------------------------------------------------------------
 
 
-def _prune(settings: RunConfig, out: Path) -> Result:
-    from coppice.loop import prune_run
-
+def _prune(settings: RunConfig, out: Path) -> Result | KerasResult:
     for flag, value in (("--model", settings.model), ("--data", settings.data)):
         if not value:
             raise CoppiceError(f"{flag} is missing")
+    if settings.is_keras:
+        return cli_keras.prune(settings, out, _terminal())
+    from coppice.loop import prune_run
+
     return prune_run(settings, out, progress=_terminal())
 
 
-def _resume(run: Path) -> Result:
+def _resume(run: Path) -> Result | KerasResult:
+    if cli_keras.is_run(run):
+        return cli_keras.resume(run, _terminal())
     from coppice.loop import resume
 
     return resume(run, progress=_terminal())
 
 
-def _finish(folder: Path, work: Callable[[], Result]) -> None:
+def _finish(folder: Path, work: Callable[[], Result | KerasResult]) -> None:
     """Do the work, print what came of it, and leave with the exit status that says whether the target holds."""
     with _guarded(folder):
         result = work()
@@ -461,7 +459,7 @@ def _guarded(folder: Path | None) -> Iterator[None]:
         started = folder is not None and (folder / "config.toml").exists()
         _complain(f"stopped; go on with: coppice prune --resume {folder}" if started else "stopped before anything was written")
         raise typer.Exit(130) from None
-    except (CoppiceError, typer.Exit):
+    except (CoppiceError, typer.Exit, ModuleNotFoundError):
         raise
     except Exception as error:
         _complain(_fault(error, folder if folder and folder.is_dir() else Path(tempfile.gettempdir())))
@@ -483,6 +481,43 @@ def _terminal() -> Any:
     from coppice.progress import Terminal
 
     return Terminal()
+
+
+def _print_metrics(part: str, found: Metrics, names: Sequence[str], as_json: bool) -> None:
+    low, high = found.top1_ci95
+    if as_json:
+        classes = dict(zip(names, found.per_class, strict=True))
+        typer.echo(
+            json.dumps(
+                {
+                    "part": part,
+                    "images": found.n,
+                    "top1": found.top1,
+                    "top1_ci95": [low, high],
+                    "top5": found.top5,
+                    "loss": found.loss,
+                    "per_class": classes,
+                }
+            )
+        )
+    else:
+        typer.echo(
+            f"{part}, {found.n} images: top-1 {found.top1:.2f} % (95 %: {low:.2f} - {high:.2f}), "
+            f"top-5 {found.top5:.2f} %, loss {found.loss:.4f}"
+        )
+
+
+def _show_axes(coupling: Coupling, model: str, shape: Sequence[int], axis: str | None, as_json: bool) -> None:
+    from coppice.inspection import inspect_axes
+
+    if axis is not None:
+        _print_sites(coupling, axis, as_json)
+        return
+    found = {"model": model, "input": list(shape), **inspect_axes(coupling)}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print_axes(found)
 
 
 def _print_axes(found: Mapping[str, Any]) -> None:
@@ -581,6 +616,12 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except typer.Exit as leave:
         return leave.exit_code
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            _complain(_fault(error, Path(tempfile.gettempdir())))
+            return 1
+        _complain("this needs PyTorch: pip install 'coppice[torch]' (a Keras model is a file that ends in .keras)")
+        return 2
     except Exception as error:
         if _is_usage(error):
             if said := error.format_message():  # type: ignore[attr-defined]  # empty where no command was named: that printed the help

@@ -20,8 +20,8 @@ from coppice.errors import CoppiceError
 from coppice.machine import machine, usable_cores, versions
 from coppice.masks import MaskRecipe
 from coppice.preprocess import Preprocess
+from coppice.recipe import Recipe
 from coppice.targets import Target, parse_target
-from coppice.train import Recipe
 
 REGULARISATIONS = ("group-lasso", "slimming", "l1", "l2", "growing", "soft")
 MEASURED = "measured"  # how many indices of each axis go is decided by what each cut does to the outputs, whatever the criterion
@@ -33,7 +33,8 @@ DISTILL = 0.9  # a loop always has the dense model at hand, and its soft labels 
 class RunConfig:
     """One pruning run. Paths are absolute, so that a run folder can be loaded from any working directory."""
 
-    model: str = ""  # FILE.py:factory, torchvision:NAME, timm:NAME; "" for a module handed over in Python
+    model: str = ""  # FILE.py:factory, torchvision:NAME, timm:NAME, FILE.keras; "" for a module handed over in Python
+    code: str = ""  # of a .keras file: a Python file with the classes that it needs beside Keras's own
     weights: str = ""  # .safetensors, .pth or .pt; "" for the factory's own
     num_classes: int = 0  # 0: the factory's own
     data: str = ""  # a folder, a parquet or arrow file, "digits"; "" for loaders handed over in Python
@@ -88,14 +89,23 @@ class RunConfig:
         """The same with every path absolute and the number of threads settled."""
         file, colon, factory = self.model.rpartition(":")
         model = f"{Path(file).resolve()}{colon}{factory}" if file.endswith(".py") else self.model
+        if self.is_keras:
+            model = str(Path(self.model).resolve())
+        code = str(Path(self.code).resolve()) if self.code else ""
         weights = str(Path(self.weights).resolve()) if self.weights else ""
         data = str(Path(self.data).resolve()) if self.data and Path(self.data).exists() else self.data
-        return replace(self, model=model, weights=weights, data=data, threads=self.threads or usable_cores())
+        return replace(self, model=model, code=code, weights=weights, data=data, threads=self.threads or usable_cores())
+
+    @property
+    def is_keras(self) -> bool:
+        """Whether the model is a file of Keras's."""
+        return self.model.endswith(".keras")
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the files that decide the dense model: they must not change under a run."""
         file = self.model.rpartition(":")[0]
-        paths = {"model": Path(file) if file.endswith(".py") else None, "weights": Path(self.weights) if self.weights else None}
+        model = Path(self.model) if self.is_keras else Path(file) if file.endswith(".py") else None
+        paths = {"model": model, "code": Path(self.code) if self.code else None, "weights": Path(self.weights) if self.weights else None}
         return {name: sha256(path) for name, path in paths.items() if path and path.is_file()}
 
 

@@ -18,11 +18,11 @@ from coppice.decode import GREY_MODES, decode, open_image
 from coppice.errors import CoppiceError
 from coppice.preprocess import Preprocess
 from coppice.seeding import generator
-from coppice.sources import SPLIT_NAMES, WHOLE, Examples, open_source
+from coppice.sources import Examples, open_source
+from coppice.splits import TEST_FRACTION, assign_roles, cut_part
 
 KEPT_BYTES = 2**30  # decoded images stay in memory if all of them together fit into this
 EAGER_BYTES = 2**28  # and are decoded at once, so that a broken one is found before any work is done, if they fit into this
-TEST_FRACTION = 0.2  # of data that comes without a test part
 _THREADS = min(8, os.cpu_count() or 1)  # image libraries decode outside Python's lock
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -114,7 +114,7 @@ def load_data(
     if not 0 < val_fraction < 1:
         raise CoppiceError(f"the validation fraction is {val_fraction}: it must be between 0 and 1")
     source = open_source(spec)
-    roles = _assign_roles(list(source.parts), split_names or {}, spec)
+    roles = assign_roles(list(source.parts), split_names or {}, spec)
     used = {role: source.parts[name] for role, name in roles.items()}
     for role, examples in used.items():
         if not len(examples.labels):
@@ -141,39 +141,10 @@ def check_classes(data: ImageData, num_outputs: int) -> None:
 # --- splits ---------------------------------------------------------------------------------------------------------
 
 
-def _assign_roles(names: list[str], given: Mapping[str, str], spec: str) -> dict[str, str]:
-    """Which part plays train, val and test."""
-    for role, name in given.items():
-        if role not in SPLIT_NAMES:
-            raise CoppiceError(f"there is no split {role!r}: name train, val or test")
-        if name not in names:
-            raise CoppiceError(f"{spec} has no part {name!r} for {role}: its parts are {', '.join(names)}")
-    roles = dict(given)
-    for role, usual in SPLIT_NAMES.items():
-        free = [name for name in names if name not in roles.values()]
-        match = next((name for name in free if name.lower() in usual), None)
-        if role not in roles and match is not None:
-            roles[role] = match
-    if "train" not in roles and WHOLE in names:
-        roles["train"] = WHOLE
-    if "train" not in roles:
-        raise CoppiceError(f"{spec} has no training part: its parts are {', '.join(names)}")
-    if "test" not in roles and "val" in roles and "val" not in given:
-        roles["test"] = roles.pop("val")
-    return roles
-
-
 def _cut(images: ImageSet, fraction: float, random: np.random.Generator, spec: str) -> tuple[ImageSet, ImageSet]:
     """Take `fraction` of every class away; both parts keep the original order."""
-    labels = images.labels.numpy()
-    taken = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        taken[random.permutation(members)[:count]] = True
-    if not taken.any():
-        raise CoppiceError(f"{spec} has one image a class: there is nothing to cut a validation or test part from")
-    return images.subset(np.flatnonzero(~taken).tolist()), images.subset(np.flatnonzero(taken).tolist())
+    left, taken = cut_part(images.labels.numpy(), fraction, random, spec)
+    return images.subset(left.tolist()), images.subset(taken.tolist())
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------

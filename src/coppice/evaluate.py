@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +12,11 @@ from torch.utils.data import Dataset
 from coppice.data import Batches, batches, sample_batches
 from coppice.errors import CoppiceError
 from coppice.forward import device_of, forward, inference_layout, norms_with_statistics, training_mode, weights_in
+from coppice.metrics import Metrics, wilson_interval
 from coppice.preprocess import Preprocess
 from coppice.seeding import generator
 
 Progress = Callable[[int, int | None], None]  # (done, total if it is known)
-
-_Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Top-1 and top-5 accuracy in percent, mean cross-entropy, and how sure the first is."""
-
-    top1: float
-    top5: float  # top-k with k = min(5, classes)
-    loss: float
-    n: int  # images
-    per_class: tuple[float | None, ...]  # top-1 of each class's images, percent; None for a class without images
-    top1_ci95: tuple[float, float]  # Wilson's 95 % interval, percent
 
 
 def evaluate(
@@ -130,14 +116,6 @@ class _Tally:
             per_class=tuple(100 * hits / seen if seen else None for hits, seen in counts),
             top1_ci95=wilson_interval(right, self.n),
         )
-
-
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval for `right` of `n`, in percent (Wilson 1927); unlike the normal one it holds near 0 and 100 %."""
-    share, z2 = right / n, _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def reestimate_batchnorm(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coppice.coupling import Coupling
 from coppice.graph import Graph
 from coppice.planning import Plan
+from coppice.targets import Target
 
 if TYPE_CHECKING:
     from coppice.verification import Verification
@@ -42,6 +43,17 @@ def apply(model: Any, plan: Plan) -> Any:
     from coppice.torch.apply import apply as build_torch
 
     return build_torch(model, plan)
+
+
+def prune(model: Any, data: Any, target: Any = Target(), **options: Any) -> Any:
+    """Prune a trained classifier to a target and a floor on accuracy: `coppice.loop.prune`, or `coppice.keras.loop.prune`."""
+    if is_keras(model):
+        from coppice.keras.loop import prune as prune_keras
+
+        return prune_keras(model, data, target, **options)
+    from coppice.loop import prune as prune_torch
+
+    return prune_torch(model, data, target, **options)
 
 
 def verify(model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Verification:

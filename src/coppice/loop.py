@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from coppice.allocate import plan as make_plan
 from coppice.allocate import smallest
 from coppice.config import RunConfig, load_config
-from coppice.cost import Cost, Priced
+from coppice.cost import Priced
 from coppice.coupling import couple
 from coppice.criteria import batch_of, score
 from coppice.curves import Sensitivity, sensitivity
@@ -58,7 +58,7 @@ from coppice.stages import (
     threads,
     tune,
 )
-from coppice.targets import Target, humanise, parse_target
+from coppice.targets import Target, humanise, interpolate, parse_target
 from coppice.torch.capture import capture
 
 LATER = 0.5  # each further round of fine-tuning has half the learning rate: at the first one's it would mostly undo what that had settled
@@ -344,11 +344,6 @@ def _smallest(bench: Workbench, history: list[Snapshot]) -> Snapshot:
         if _holds_floor(bench, history[0], reached):
             break
     return reached
-
-
-def interpolate(budgets: Mapping[str, float], dense: Cost, part: float) -> dict[str, float]:
-    """Budgets `part` of the way (0 to 1) from the dense cost to `budgets`, geometrically: every cut takes the same share."""
-    return {key: getattr(dense, key) * (budget / getattr(dense, key)) ** part for key, budget in budgets.items()}
 
 
 def _noted(bench: Workbench, history: list[Snapshot], snapshot: Snapshot) -> Snapshot:

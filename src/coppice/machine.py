@@ -17,7 +17,21 @@ from typing import Any
 
 import coppice
 
-PACKAGES = ("numpy", "torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "openvino")
+PACKAGES = (
+    "numpy",
+    "keras",
+    "tensorflow",
+    "tensorflow-cpu",
+    "jax",
+    "torch",
+    "torchvision",
+    "timm",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+)
 
 
 def versions() -> dict[str, str]:

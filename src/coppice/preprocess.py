@@ -66,14 +66,16 @@ class Preprocess:
 
     def fit(self, image: "Image") -> "Image":
         """Resize and centre-crop a PIL image."""
-        from torchvision.transforms.v2 import functional
+        from PIL.Image import Resampling
 
         size = self.size if self.size is not None else self.resize
         if size is None or (self.resize is None and image.size == (size, size)):
             return image
-        resized: Image = functional.resize(image, [self.resize or size], antialias=True)
-        cropped: Image = functional.center_crop(resized, [size, size])
-        return cropped
+        short, width, height = self.resize or size, *image.size
+        whole = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        resized = image if whole == image.size else image.resize(whole, Resampling.BILINEAR)
+        left, top = (round((side - size) / 2) for side in whole)
+        return resized.crop((left, top, left + size, top + size))
 
     def normalise(self, images: "Tensor") -> "Tensor":
         """uint8 NCHW in [0, 255] -> float32 NCHW. Raises CoppiceError if the number of channels is not that of `mean` and `std`."""

@@ -34,7 +34,8 @@ CONFIG, JOURNAL, LOCK, MANIFEST, STATE = "config.toml", "journal.json", "lock", 
 PLAN, MODEL, ONNX, METRICS, REPORT = "plan.json", "model.safetensors", "model.onnx", "metrics.json", "report.html"
 SPARSE = "model.sparse.safetensors"  # where weights are masked: the same weights in a smaller file (coppice.sparse_file)
 INT8 = "model-int8.onnx"  # where it is asked for
-OUTPUTS = (PLAN, MODEL, SPARSE, ONNX, INT8, METRICS, REPORT)
+KERAS = "model.keras"  # of a Keras model, in place of all these
+OUTPUTS = (PLAN, MODEL, SPARSE, KERAS, ONNX, INT8, METRICS, REPORT)
 
 Json = dict[str, Any]
 
@@ -140,7 +141,7 @@ def resume_run(path: Path) -> Run:
         now = config.fingerprints()
         for name, digest in records["inputs"].items():
             if now.get(name) != digest and not (path / MANIFEST).exists():
-                which = config.weights if name == "weights" else config.model
+                which = {"weights": config.weights, "code": config.code}.get(name, config.model)
                 raise CoppiceError(f"--resume {path}: {which} is gone or has changed since the run began, start a new run")
         for leftover in _temporaries(path):
             (path / leftover).unlink()
@@ -262,20 +263,25 @@ def check_manifest(path: Path) -> dict[str, str]:
     return manifest
 
 
-def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(run: str | Path, model: nn.Module | None = None) -> Any:
     """The pruned model of a finished run, in eval mode, bit-identical to the one that was saved.
 
     Rebuilt from the factory that the run's configuration names (user code runs, nothing is unpickled), `plan.json` and `model.safetensors`.
+    A Keras model is read from `model.keras`, by Keras.
     `model`: a freshly made dense model, instead of calling the factory; needed when the run was started from Python with a module.
     Raises CoppiceError if the folder is unfinished, damaged, or the model does not fit the plan.
     """
+    path = Path(run)
+    check_manifest(path)
+    config, _ = load_config(path / CONFIG)
+    if (path / KERAS).exists():
+        from coppice.keras.files import load_keras
+
+        return load_keras(path / KERAS, Path(config.code) if config.code else None)
     from coppice.models import load_model
     from coppice.planning import Plan
     from coppice.torch.apply import build
 
-    path = Path(run)
-    check_manifest(path)
-    config, _ = load_config(path / CONFIG)
     if model is None:
         if not config.model:
             raise CoppiceError(f"{path} was made from a module in Python: pass a freshly made dense one as load(run, model=...)")

@@ -3,12 +3,17 @@
 That is what makes a resumed run equal to an undisturbed one: the numbers drawn in epoch 7 do not depend on epochs 0 to 6.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *address: int | str) -> int:
@@ -25,6 +30,8 @@ def generator(seed: int, *address: int | str) -> np.random.Generator:
 @contextmanager
 def seeded(seed: int, *address: int | str, device: torch.device | None = None) -> Iterator[None]:
     """Run a block with PyTorch's global generators (the CPU's, and `device`'s if it is a GPU) seeded for `address`, then put them back."""
+    import torch
+
     on_gpu = device is not None and device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         value = derive_seed(seed, *address)

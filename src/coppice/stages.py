@@ -27,8 +27,9 @@ from coppice.data import ImageData, Loaders, batches, sample_batches
 from coppice.deadline import Clock, OnTime, plan_on_time, start_clock
 from coppice.depth_search import shallower
 from coppice.errors import CoppiceError, UnreachableError
-from coppice.evaluate import Metrics, evaluate, reestimate_batchnorm
+from coppice.evaluate import evaluate, reestimate_batchnorm
 from coppice.latency import LatencyModel, latency_model
+from coppice.metrics import Metrics
 from coppice.planning import Plan, compose, kept_widths
 from coppice.progress import Progress
 from coppice.recipe import Recipe, described

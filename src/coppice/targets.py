@@ -140,3 +140,8 @@ def humanise(count: float, key: str) -> str:
         if count >= power * 0.9995:
             return f"{count / power:.3g} {unit}{suffix}"
     return f"{count:.0f} {suffix}".rstrip()
+
+
+def interpolate(budgets: Mapping[str, float], dense: Cost, part: float) -> dict[str, float]:
+    """Budgets `part` of the way (0 to 1) from the dense cost to `budgets`, geometrically: every cut takes the same share."""
+    return {key: getattr(dense, key) * (budget / getattr(dense, key)) ** part for key, budget in budgets.items()}

@@ -1,0 +1,115 @@
+"""What the commands do with a `.keras` file, or with the run of one. Keras is imported when there is one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coppice.errors import CoppiceError
+
+if TYPE_CHECKING:
+    from coppice.config import RunConfig
+    from coppice.coupling import Coupling
+    from coppice.keras.loop import KerasResult
+    from coppice.metrics import Metrics
+    from coppice.progress import Progress
+
+_BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def is_file(model: str) -> bool:
+    return model.endswith(".keras")
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder is a run of a Keras model, finished or not."""
+    from coppice.config import load_config
+
+    return (path / "config.toml").is_file() and load_config(path / "config.toml")[0].is_keras
+
+
+def ready() -> None:
+    """CoppiceError where Keras or every backend is missing; without a choice of the user's, the first backend that is there is taken."""
+    if find_spec("keras") is None:
+        raise CoppiceError("a Keras model needs Keras and a backend: pip install 'coppice[tensorflow]'")
+    if "KERAS_BACKEND" not in os.environ:
+        there = next((name for name in _BACKENDS if find_spec(name) is not None), None)
+        if there is None:
+            raise CoppiceError("Keras needs a backend: install tensorflow, jax or torch")
+        os.environ["KERAS_BACKEND"] = there
+    _import_quietly()
+
+
+def _import_quietly() -> None:
+    """Import Keras and its backend without TensorFlow's notes on the machine, which it writes past Python, on every start."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import keras
+
+        keras.ops.zeros(())
+    except Exception as error:
+        raise CoppiceError(f"Keras can't be imported with the backend {os.environ['KERAS_BACKEND']}: {error}") from error
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def defaults() -> dict[str, Any]:
+    ready()
+    from coppice.keras.loop import DEFAULTS
+
+    return DEFAULTS
+
+
+def coupled(model: str, code: str | None, shape: Sequence[int] | None) -> tuple[Coupling, Sequence[int]]:
+    """The axes of the model, and the shape they were found with: the one given, or the model's own."""
+    ready()
+    from coppice.coupling import couple
+    from coppice.keras.capture import capture
+    from coppice.keras.files import load_keras
+    from coppice.keras.walk import function_of
+
+    network = load_keras(Path(model), Path(code) if code else None)
+    inputs = function_of(network).inputs
+    if shape is None:
+        shape = (1, *inputs[0].shape[1:])
+        if len(inputs) != 1 or None in shape:
+            raise CoppiceError("the model leaves the size of its input open: give one, as in --input 1,224,224,3")
+    return couple(capture(network, tuple(shape))), shape
+
+
+def prune(config: RunConfig, out: Path, progress: Progress) -> KerasResult:
+    ready()
+    from coppice.keras.loop import prune_run
+
+    return prune_run(config, out, progress=progress)
+
+
+def resume(run: Path, progress: Progress) -> KerasResult:
+    ready()
+    from coppice.keras.loop import resume as go_on
+
+    return go_on(run, progress=progress)
+
+
+def measured(model: Path, config: RunConfig, part: str, progress: Callable[[int, int | None], None]) -> tuple[Metrics, Sequence[str]]:
+    """Metrics of a file, or of a run's pruned model, and the names of the classes."""
+    ready()
+    from coppice.keras.data import load_images
+    from coppice.keras.evaluate import evaluate
+    from coppice.keras.files import load_keras
+    from coppice.run import load
+
+    if not config.data:
+        raise CoppiceError("name the data with --data")
+    network = load(model) if model.is_dir() else load_keras(model, Path(config.code) if config.code else None)
+    data = load_images(config.data, config.preprocess, config.val_fraction, config.seed, config.splits)
+    return evaluate(network, getattr(data, part), progress), data.classes
