@@ -61,7 +61,11 @@ def test_the_compiled_loss_is_the_one_that_counts() -> None:
     one_hot = np.eye(4, dtype="float32")[y]
     model.compile(loss="mse")
     found = next(iter(gradients(model, [(x, one_hot)], None)))
-    wanted = next(iter(gradients(model, [(x, one_hot)], lambda outputs, targets: keras.ops.mean((outputs - targets) ** 2))))
+    wanted = next(
+        iter(
+            gradients(model, [(x, one_hot)], lambda outputs, targets: keras.ops.mean((outputs - keras.ops.convert_to_tensor(targets)) ** 2))
+        )
+    )
     for name, (_, slope) in found.items():
         assert np.allclose(slope, wanted[name][1], rtol=1e-4, atol=1e-7)
 
