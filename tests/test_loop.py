@@ -224,9 +224,10 @@ def test_auto_keeps_the_criterion_that_is_nearest_to_the_dense_model(model: nn.M
 
     settings = {"recipe": Recipe(epochs=0), "threads": 1, "calibration": 256}
     result = coppice.prune(model, digits, "macs=0.4", criterion="auto", progress=Heard(), **settings)
-    distance = {line.split()[3].rstrip(":"): float(line.split(" -> ")[1].split()[0]) for line in Heard.lines if line.startswith("cut 1 by")}
+    (said,) = [line for line in Heard.lines if "it is; distance" in line]
+    distance = {each.split()[0]: float(each.split()[1]) for each in said.split("validation images: ")[1].split(", ")}
     assert set(distance) == set(TRIED)
-    (chosen,) = [line.split()[2] for line in Heard.lines if line.endswith("it is")]
+    chosen = said.split()[2]
     assert distance[chosen] == min(distance.values())
     assert result.plan == coppice.prune(model, digits, "macs=0.4", criterion=chosen, **settings).plan
     bare = coppice.prune(model, digits, "macs=0.4", criterion=chosen, repair=False, **settings)
@@ -249,7 +250,7 @@ def test_no_more_images_than_calibration_and_none_that_judges_give_batchnorm_its
         return scores
 
     monkeypatch.setattr("coppice.stages.reestimate_batchnorm", reestimate)
-    monkeypatch.setattr("coppice.recovery._outputs", outputs)
+    monkeypatch.setattr("coppice.recovery.outputs", outputs)
     coppice.prune(model, digits, "macs=0.5", criterion="l1", repair=False, calibration=128, recipe=Recipe(epochs=0), threads=1)
     images = {image.numpy().tobytes() for image in seen}
     assert 64 <= len(images) < 128

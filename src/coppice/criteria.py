@@ -232,7 +232,7 @@ CRITERIA: dict[str, Criterion] = {
     "wanda": Criterion(of_activations("times_weight"), 32, Unit.AXIS),
     "random": Criterion(random, 0, Unit.AXIS),
 }
-AUTO = "auto"  # a setting, no criterion: cut by each of TRIED, repair, and keep what is nearest to the dense model on held-out images
+AUTO = "auto"  # a setting, no criterion: cut by each of TRIED, repair, and keep what is nearest to the dense model on validation images
 TRIED = ("obs", "taylor", "fisher", "l1")
 
 

@@ -70,8 +70,8 @@ def recover(
                 candidates["layers refitted, BatchNorm halfway re-estimated"] = _halfway(mended, both)
                 candidates["layers refitted, BatchNorm re-estimated"] = both
     judge = [batch for k, batch in enumerate(batches) if is_held_out(k)] or batches
-    goal = _outputs(dense, judge)
-    tried = {name: float(divergence(_outputs(model, judge), goal)) for name, model in candidates.items()}
+    goal = outputs(dense, judge)
+    tried = {name: float(divergence(outputs(model, judge), goal)) for name, model in candidates.items()}
     kept = min(tried, key=lambda name: tried[name] if math.isfinite(tried[name]) else math.inf)
     return candidates[kept], Recovery(tuple(tried.items()), kept, refitted, refused)
 
@@ -92,6 +92,7 @@ def _halfway(left: nn.Module, right: nn.Module) -> nn.Module:
     return between
 
 
-def _outputs(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+def outputs(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """Logits of all batches, in evaluation mode."""
     with torch.no_grad(), training_mode(model, False):
         return torch.cat([logits(model(batch)) for batch in batches])

@@ -33,13 +33,14 @@ from coppice.metrics import Metrics
 from coppice.planning import Plan, compose, kept_widths
 from coppice.progress import Progress
 from coppice.recipe import Recipe, described
-from coppice.recovery import Recovery, recover
+from coppice.recovery import Recovery, outputs, recover
 from coppice.run import Json, Run
 from coppice.saliency import Scores
 from coppice.targets import humanise
 from coppice.timing import Setting
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
+from coppice.torch.elimination import divergence
 from coppice.torch.masking import Held, unpacked
 from coppice.torch.program import is_held_out, of_one_shape
 from coppice.torch.verify import verify
@@ -47,6 +48,7 @@ from coppice.train import EpochResult, choose, fine_tune, fitting, pick_precisio
 from coppice.verification import Verification
 
 REPAIRED_AT_ONCE = 32  # images in step: few enough for large maps to fit in memory, many enough for small ones to keep a core busy
+JUDGED = 1024  # validation images that criteria are compared on
 Data = ImageData | Loaders
 TrainFunction = Callable[[nn.Module, int], None]
 """A user's own training: (model, epochs) -> None, in place."""
@@ -216,9 +218,18 @@ def _best_cut(
         bench.progress.say(f"{name} by {criterion}: {said.kept}: distance from the dense outputs {change} (held out)")
         if said.refused:
             bench.progress.say(f"{name}: layers were not refitted: {said.refused}")
-    best = min(cuts, key=lambda cut: cut.loss)
-    if asked == AUTO:
-        bench.progress.say(f"{name}: {best.criterion} it is")
+    if asked != AUTO:
+        return cuts[0]
+    with bench.progress.bar(f"{name}: comparing the criteria on validation images"):
+        # what is left of the calibration images is enough to tell repairs apart, not criteria
+        images = of_one_shape(
+            x for x, _ in sample_batches(bench.data.val, preprocessing(bench.data), images=JUDGED, seed=0, batch_size=REPAIRED_AT_ONCE)
+        )
+        goal = outputs(model, images)
+        distances = {cut.criterion: float(divergence(outputs(cut.model, images), goal)) for cut in cuts}
+    best = min(cuts, key=lambda cut: distances[cut.criterion] if math.isfinite(distances[cut.criterion]) else math.inf)
+    each = ", ".join(f"{criterion} {distance:.3f}" for criterion, distance in distances.items())
+    bench.progress.say(f"{name}: {best.criterion} it is; distance from the dense outputs on validation images: {each}")
     return best
 
 
