@@ -368,6 +368,8 @@ def multi_head_attention(t: Tape, layer: Any, query: Traced, value: Traced, key:
     t.bind("num_heads", q, 2)
     t.bind("key_dim", q, 3)
     t.bind("value_dim", v, 3)
+    if q.shape[3] == v.shape[3]:  # JAX's attention takes no other, and the result is to run on every backend
+        t.tie(q.id, 3, v.id, 3)
     return _attention_output(t, layer.output_dense, _attend(t, q, k, v))
 
 
