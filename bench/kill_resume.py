@@ -84,7 +84,7 @@ def disturbed(job: Path, out: Path, kills: int, span: tuple[float, float], dice:
     moments, stages = [], []
     while len(moments) < kills:
         process = start(job, out)
-        moment = dice.uniform(*span)
+        moment = dice.uniform(span[0], span[0] + (span[1] - span[0]) / kills)  # few then end too early
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:

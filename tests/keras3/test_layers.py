@@ -176,6 +176,7 @@ def test_every_line_has_a_case() -> None:
     assert {case.name for case in CASES} == TABLE.keys()
 
 
+@pytest.mark.filterwarnings("ignore:You are using a softmax over axis:UserWarning")  # Keras, of one channel that was kept
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{k}-{case.name}" for k, case in enumerate(CASES)])
 def test_a_layer_between_two_that_are_cut(number: int) -> None:
     case = CASES[number]

@@ -49,7 +49,7 @@ def net(trained: Any, tmp_path: Path) -> Path:
 
 def test_from_the_command_line(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    options = ["--data", "digits", "--target", "macs=0.5", "--max-drop", "5", "--epochs", "1", "--augment", "none", "--batch-size", "64"]
+    options = ["--data", "digits", "--target", "macs=0.5", "--max-drop", "20", "--epochs", "1", "--augment", "none", "--batch-size", "64"]
     assert run(["prune", "--model", str(net), *options, "--out", str(out)]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["pruned"]["macs"] <= 0.5 * metrics["dense"]["macs"]
