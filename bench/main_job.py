@@ -19,6 +19,7 @@ from typing import Any
 
 IMAGENET = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
 SYMMETRIC = ("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5")
+SGD = ("--optimizer", "sgd")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Job:
 
 
 JOBS = {
-    "resnet20": Job("resnet20", "resnet20_cifar10", "cifar10", "macs=0.5", "taylor", (*IMAGENET, "--epochs", "3")),
-    "resnet56": Job("resnet56", "resnet56_cifar10", "cifar10", "macs=0.5", "obs", (*IMAGENET, "--epochs", "4", "--rounds", "1")),
+    "resnet20": Job("resnet20", "resnet20_cifar10", "cifar10", "macs=0.5", "taylor", (*IMAGENET, "--epochs", "3", *SGD)),
+    "resnet56": Job("resnet56", "resnet56_cifar10", "cifar10", "macs=0.5", "obs", (*IMAGENET, "--epochs", "4", "--rounds", "1", *SGD)),
     "mobilenet_v2": Job(
         "mobilenet_v2",
         "mobilenet_v2_imagenette",
