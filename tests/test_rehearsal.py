@@ -44,6 +44,15 @@ def test_a_rate_that_breaks_the_training_is_not_taken(digits):  # noqa: F811
     assert [r.loss for r in found] == [0.0, 1.0, math.inf, math.inf]
 
 
+@pytest.mark.parametrize(("steps", "loss", "first"), [(LEAST, 1.1, "adamw"), (MOST, 1.1, "sgd"), (MOST, 1.2, "adamw")])
+def test_a_long_run_has_patience_with_the_usual_rate(digits, steps, loss, first):  # noqa: F811
+    usual = replace(OPEN, optimizer="sgd").peak_lr()
+    found = rehearse(
+        small_net(), digits, OPEN, steps, 0, lambda model, part, recipe: loss if recipe.lr == usual else 1.0 + (recipe.lr > 1e-3)
+    )
+    assert found[0].recipe.optimizer == first
+
+
 def test_what_never_trains_says_why(digits):  # noqa: F811
     model = small_net()
     torch.nn.init.constant_(model[-1].bias, math.inf)

@@ -1,4 +1,5 @@
-"""Which optimiser: each trains the pruned network for a few steps of its own whole schedule; what is best on validation images is taken.
+"""Which optimiser: each trains the pruned network for a few steps of its own whole schedule; what is best on validation images is taken,
+SGD's usual rate before others in a long run.
 
 A rate that suits one network undoes another in its first steps, and which it is does not show in the structure. Every candidate sees the
 same batches, warms up and falls to zero as the long run will: at a constant rate the gentlest would always look best so early.
@@ -19,6 +20,8 @@ from coppice.errors import CoppiceError
 from coppice.recipe import Recipe
 
 PART, LEAST, MOST = 0.04, 16, 40  # steps of a rehearsal: a share of the run's, within bounds
+PATIENCE = 0.15  # what looks best so early is gentle, and is overtaken: on ResNet-20 a fifth of SGD's rate is 1.5 points of validation top-1 ahead
+# after 350 steps and 0.4 behind after 1,050. So where the run is long, SGD's usual rate is taken if it is no further than this behind.
 JUDGED = 1024  # validation images, or as many as come in whole batches of a user's loader
 Trained = Callable[[nn.Module, ImageData | Loaders, Recipe], float]
 """(model, data, recipe) -> the loss on data.val after training the model on data.train, which is one epoch."""
@@ -63,7 +66,7 @@ class _Some:
 
 
 def rehearse(model: nn.Module, data: ImageData | Loaders, recipe: Recipe, steps: int, seed: int, train: Trained) -> list[Rehearsed]:
-    """``recipe`` with every candidate, trained for ``steps`` steps of the optimiser on a copy of ``model``; the best first.
+    """``recipe`` with every candidate, trained for ``steps`` steps of the optimiser on a copy of ``model``; what to take first.
 
     Raises CoppiceError if all fail.
     """
@@ -79,7 +82,8 @@ def rehearse(model: nn.Module, data: ImageData | Loaders, recipe: Recipe, steps:
         found.append(Rehearsed(tried, loss))
     if failure is not None and all(r.loss == math.inf for r in found):
         raise failure
-    return sorted(found, key=lambda r: r.loss)
+    usual, *_ = found
+    return sorted(found, key=lambda r: r.loss / (1 + PATIENCE) if r is usual and steps >= MOST else r.loss)
 
 
 def rehearsal_steps(total: int) -> int:
