@@ -20,8 +20,9 @@ from coppice.errors import CoppiceError
 from coppice.recipe import Recipe
 
 PART, LEAST, MOST = 0.04, 16, 40  # steps of a rehearsal: a share of the run's, within bounds
-PATIENCE = 0.15  # what looks best so early is gentle, and is overtaken: on ResNet-20 a fifth of SGD's rate is 1.5 points of validation top-1 ahead
-# after 350 steps and 0.4 behind after 1,050. So where the run is long, SGD's usual rate is taken if it is no further than this behind.
+# What looks best so early is gentle, and is overtaken: on ResNet-20 a fifth of SGD's rate is 1.5 points of validation top-1 ahead after 350
+# steps and 0.4 behind after 1,050. So where the run is long, SGD's usual rate is taken if it is no further than this behind.
+PATIENCE = 0.15
 JUDGED = 1024  # validation images, or as many as come in whole batches of a user's loader
 Trained = Callable[[nn.Module, ImageData | Loaders, Recipe], float]
 """(model, data, recipe) -> the loss on data.val after training the model on data.train, which is one epoch."""
