@@ -267,7 +267,8 @@ def write(out: Path, rows: list[Row], settings: Settings) -> None:
     pareto.draw(points(rows), out.with_suffix(".svg"))
 
 
-def read(out: Path, settings: Settings) -> list[Row]:
+def read(out: Path, settings: Any) -> list[Row]:
+    """The rows of a file that were made with these settings, a dataclass."""
     if not out.exists():
         return []
     found = json.loads(out.read_text(encoding="utf-8"))

@@ -3,8 +3,8 @@
 Parts: `structured`, half the MACs; `masks`, 90 % zeros; `2:4`; and `scratch`, a training from random weights that is cut after
 a third of its epochs, beside the same training with the cut (and a fine-tuning of a sixth of the epochs) after it. In the first three every
 strategy has `--epochs` in all (`combined`: after the cut and after the masks), the dense model as the teacher, and no round more; random
-choices are the control. Seconds are those of scoring, cutting, repairing
-and training (with a validation after each epoch), bytes those of the file (the sparse one, where weights are masked), milliseconds those of
+choices are the control. Seconds are the process's on one thread, whoever shares its core, of the whole row (scoring, cutting, repairing,
+training, a validation after each epoch, and the test), bytes those of the file (the sparse one, where weights are masked), milliseconds those of
 ONNX Runtime on one thread, the dense model's in turns with them (`--no-ms` leaves that out: it wants a core for itself).
 
 Intervals are of 95 %: Wilson's for one seed, for several with the variance between them. Rows that are in `--out` are not done again,
@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 import coppice
-from accuracy import IMAGENET, Row, interval, versions
+from accuracy import IMAGENET, Row, interval, read, versions
 from coppice.data import ImageData, load_data
 from coppice.evaluate import evaluate
 from coppice.masks import MaskRecipe
@@ -45,7 +45,6 @@ from coppice.train import fine_tune
 SEEDS = (0, 1, 2)
 CUT = "macs=0.5"
 RANDOM = "random"
-_IDLE = ("dense", "test")  # stages that are no part of a strategy
 
 
 @dataclass(frozen=True)
@@ -104,15 +103,11 @@ def pruned(bench: Bench, seed: int, target: str = "", **given: Any) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         options = {"recipe": bench.recipe, "rounds": 1, "seed": seed, "calibration": bench.settings.calibration, "threads": 1, **given}
+        began = time.process_time()
         result = coppice.prune(bench.dense, bench.data, target, out=path, **options)
+        took = time.process_time() - began
         file = path / SPARSE if (path / SPARSE).exists() else path / MODEL
-        return outcome(bench, result.model, seconds_of(path), file.stat().st_size)
-
-
-def seconds_of(run: Path) -> float:
-    """Seconds of the stages that belong to a strategy, by a run's journal."""
-    journal = json.loads((run / "journal.json").read_text())
-    return float(sum(entry["seconds"] for name, entry in journal.items() if name.split()[0] not in _IDLE))
+        return outcome(bench, result.model, took, file.stat().st_size)
 
 
 def masked(bench: Bench, seed: int, **given: Any) -> Row:
@@ -120,7 +115,7 @@ def masked(bench: Bench, seed: int, **given: Any) -> Row:
 
 
 def cut_early(bench: Bench, seed: int) -> Row:
-    began = time.perf_counter()
+    began = time.process_time()
     torch.manual_seed(seed)
     found = coppice.train_and_prune(bench.fresh(), bench.data, bench.scratch_recipe, CUT, at=(1 / 3,), seed=seed)
     return _from_scratch(bench, found.model, began) | {"epoch_seconds": [round(result.seconds, 1) for result in found.history]}
@@ -128,7 +123,7 @@ def cut_early(bench: Bench, seed: int) -> Row:
 
 def cut_late(bench: Bench, seed: int) -> Row:
     """The whole training, the cut as `coppice prune` makes it, and a sixth of the epochs after it."""
-    began = time.perf_counter()
+    began = time.process_time()
     torch.manual_seed(seed)
     model = bench.fresh()
     fine_tune(model, bench.data, bench.scratch_recipe, seed=seed)
@@ -138,7 +133,7 @@ def cut_late(bench: Bench, seed: int) -> Row:
 
 
 def _from_scratch(bench: Bench, model: nn.Module, began: float) -> Row:
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     return outcome(bench, model, took, sum(t.numel() * t.element_size() for t in model.state_dict().values()))
 
 
@@ -196,7 +191,7 @@ def milliseconds(bench: Bench, model: nn.Module) -> Row:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| part | strategy | top-1 (95 %) | seeds | seconds | bytes | MACs × | ms | × as fast as dense |",
+        "| part | strategy | top-1 (95 %) | seeds | CPU seconds | bytes | MACs × | ms | × as fast as dense |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -222,16 +217,6 @@ def write(out: Path, rows: list[Row], settings: Settings) -> None:
     text = json.dumps({"settings": asdict(settings), "versions": versions(), "rows": rows}, indent=1)
     out.write_text(text + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
-
-
-def read(out: Path, settings: Settings) -> list[Row]:
-    if not out.exists():
-        return []
-    found = json.loads(out.read_text(encoding="utf-8"))
-    if found["settings"] != asdict(settings):
-        raise SystemExit(f"{out} has rows of other settings ({found['settings']}); name another file")
-    rows: list[Row] = found["rows"]
-    return rows
 
 
 def main() -> None:

@@ -379,3 +379,16 @@ def test_masks_alone_in_python_with_a_training_of_ones_own(tmp_path: Path) -> No
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     with pytest.raises(CoppiceError, match="your own training function"):
         coppice.prune(model, (loader, loader, loader), masks=MaskRecipe(0.5, schedule="cubic"), train=train)
+
+
+@pytest.mark.parametrize(("schedule", "said"), [("iterative", ["", "", "SGD at 0", "", "SGD at 0"]), ("cubic", ["", "SGD at 0"])])
+def test_each_step_says_how_it_was_trained_itself(schedule: str, said: list[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
+    data = torch.utils.data.TensorDataset(torch.randn(24, 1, 8, 8), torch.arange(24) % 3)
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    recipe = Recipe(epochs=4, lr=0.0, precision="fp32")
+    masks = MaskRecipe(0.5, schedule=schedule, steps=2)
+    history = coppice.prune(model, (loader, loader, loader), masks=masks, rounds=1, recipe=recipe, threads=1).metrics["history"]
+    assert [step["optimizer"] for step in history] == said
+    assert all(step["taken"] for step in history if not step["training"])

@@ -212,6 +212,7 @@ def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert metrics["regularised"]["kind"] == "group-lasso"
     assert [step["epochs"] for step in metrics["history"]] == [0, 1, 0, 1]
+    assert [bool(step["optimizer"]) for step in metrics["history"]] == [False, True, False, True]
     for extra, says in (
         (["--strength", "-1"], "--strength -1"),
         (["--epochs", "0"], "needs --epochs"),

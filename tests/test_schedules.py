@@ -148,6 +148,7 @@ def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert metrics["pruned"]["macs"] <= 0.5 * metrics["dense"]["macs"]
     assert metrics["pruned"]["top1"] > metrics["dense"]["top1"] + 10
     assert any("cut after epoch 1" in line for line in metrics["verification"]["checks"])
+    assert metrics["history"][-1]["optimizer"] == "SGD at 0.1"
     for extra, says in (
         (["--cut-after", "1.5"], "between 0 and 1"),
         (["--epochs", "1"], "before and after"),

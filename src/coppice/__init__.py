@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
     from coppice.front_ends import apply, capture, prune, verify
-    from coppice.loop import Result
     from coppice.masks import MaskRecipe
     from coppice.modules import removable
     from coppice.planning import Plan, remove, remove_modules
+    from coppice.result import Result
     from coppice.run import load
     from coppice.schedules import rewind, train_and_prune
     from coppice.sparse_file import load_sparse, save_sparse
@@ -33,7 +33,7 @@ _HOMES = {
     "CoppiceError": "coppice.errors",
     "MaskRecipe": "coppice.masks",
     "Plan": "coppice.planning",
-    "Result": "coppice.loop",
+    "Result": "coppice.result",
     "VerificationError": "coppice.errors",
     "apply": "coppice.front_ends",
     "capture": "coppice.front_ends",

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from coppice.config import RunConfig
     from coppice.coupling import Coupling
     from coppice.curves import Sensitivity
-    from coppice.keras.loop import KerasResult
-    from coppice.loop import Result
     from coppice.metrics import Metrics
+    from coppice.result import Result
     from coppice.run import Json
 
 app = typer.Typer(
@@ -418,7 +417,7 @@ def _flag(name: str) -> str:
 # --- doing and saying -----------------------------------------------------------------------------------------------
 
 
-def _prune(settings: RunConfig, out: Path) -> Result | KerasResult:
+def _prune(settings: RunConfig, out: Path) -> Result[Any]:
     for flag, value in (("--model", settings.model), ("--data", settings.data)):
         if not value:
             raise CoppiceError(f"{flag} is missing")
@@ -429,7 +428,7 @@ def _prune(settings: RunConfig, out: Path) -> Result | KerasResult:
     return prune_run(settings, out, progress=_terminal())
 
 
-def _resume(run: Path) -> Result | KerasResult:
+def _resume(run: Path) -> Result[Any]:
     if cli_keras.is_run(run):
         return cli_keras.resume(run, _terminal())
     from coppice.loop import resume
@@ -437,7 +436,7 @@ def _resume(run: Path) -> Result | KerasResult:
     return resume(run, progress=_terminal())
 
 
-def _finish(folder: Path, work: Callable[[], Result | KerasResult]) -> None:
+def _finish(folder: Path, work: Callable[[], Result[Any]]) -> None:
     """Do the work, print what came of it, and leave with the exit status that says whether the target holds."""
     with _guarded(folder):
         result = work()

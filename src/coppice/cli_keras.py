@@ -14,9 +14,9 @@ from coppice.errors import CoppiceError
 if TYPE_CHECKING:
     from coppice.config import RunConfig
     from coppice.coupling import Coupling
-    from coppice.keras.loop import KerasResult
     from coppice.metrics import Metrics
     from coppice.progress import Progress
+    from coppice.result import Result
 
 _BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -86,14 +86,14 @@ def coupled(model: str, code: str | None, shape: Sequence[int] | None) -> tuple[
     return couple(capture(network, tuple(shape))), shape
 
 
-def prune(config: RunConfig, out: Path, progress: Progress) -> KerasResult:
+def prune(config: RunConfig, out: Path, progress: Progress) -> Result[Any]:
     ready()
     from coppice.keras.loop import prune_run
 
     return prune_run(config, out, progress=progress)
 
 
-def resume(run: Path, progress: Progress) -> KerasResult:
+def resume(run: Path, progress: Progress) -> Result[Any]:
     ready()
     from coppice.keras.loop import resume as go_on
 

@@ -25,7 +25,7 @@ from coppice.targets import parse_target
 from coppice.train import Recipe, fine_tune
 
 if TYPE_CHECKING:
-    from coppice.loop import Result
+    from coppice.result import Result
 
 
 class DigitsNet(nn.Module):
@@ -77,7 +77,7 @@ def train_dense(config: RunConfig, progress: Progress) -> None:
     write_tensors(Path(config.weights), model.state_dict())
 
 
-def run_demo(out: Path, *, fresh: bool, progress: Progress) -> Result:
+def run_demo(out: Path, *, fresh: bool, progress: Progress) -> Result[nn.Module]:
     """Train if that has not been done yet, then prune. `fresh` starts over what an earlier demo left in `out`."""
     from coppice.loop import prune_run
 

@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from coppice.pictures import check_renderer
 from coppice.planning import Plan
 from coppice.progress import Progress, Silent
 from coppice.regularise_stage import regularised
-from coppice.run import CONFIG, METRICS, PLAN, Json, Run, check_manifest, check_out, create_run, load, read_json, resume_run
+from coppice.result import Result
+from coppice.run import CONFIG, METRICS, PLAN, Run, check_manifest, check_out, create_run, load, read_json, resume_run
 from coppice.schedule_stage import trained_and_cut
 from coppice.schedules import cut_epochs
 from coppice.seeding import seeded
@@ -65,26 +66,6 @@ LATER = 0.5  # each further round of fine-tuning has half the learning rate: at 
 _SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run ended with. `metrics` as in metrics.json; `path` is None if no folder was asked for."""
-
-    model: nn.Module
-    plan: Plan
-    metrics: Json
-    path: Path | None
-
-    @property
-    def met(self) -> bool:
-        """Whether the target and the floor hold."""
-        return bool(self.metrics["met"])
-
-    @property
-    def statement(self) -> str:
-        """One sentence: what holds, what does not, and by how much."""
-        return str(self.metrics["statement"])
-
-
 def prune(
     model: nn.Module,
     data: Data | tuple[Iterable[Any], Iterable[Any], Iterable[Any]],
@@ -95,7 +76,7 @@ def prune(
     train: TrainFunction | None = None,
     progress: Progress | None = None,
     **settings: Any,
-) -> Result:
+) -> Result[nn.Module]:
     """Prune a trained classifier; `model` is left as it is.
 
     data: `load_data(...)`, or your own loaders (train, val, test), each yielding (float inputs NCHW, int64 labels).
@@ -121,7 +102,7 @@ def prune(
     return result if out else replace(result, path=None)
 
 
-def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> Result:
+def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> Result[nn.Module]:
     """Prune what the configuration names into the folder `out`. Bad input is found before the folder is made."""
     config = config.absolute()
     check_out(out, config)
@@ -132,7 +113,7 @@ def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> Result:
             return _work(dense, data, run, None, progress)
 
 
-def resume(out: Path, *, progress: Progress) -> Result:
+def resume(out: Path, *, progress: Progress) -> Result[nn.Module]:
     """Go on with a run from where it stopped; a finished one is only read."""
     with resume_run(out) as run, threads(run.config.threads or usable_cores()):
         if not run.config.model:
@@ -233,7 +214,7 @@ def count_outputs(dense: nn.Module, data: Data) -> int:
     return found.shape[1]
 
 
-def _work(dense: nn.Module, data: Data, run: Run, train: TrainFunction | None, progress: Progress) -> Result:
+def _work(dense: nn.Module, data: Data, run: Run, train: TrainFunction | None, progress: Progress) -> Result[nn.Module]:
     if run.complete:
         check_manifest(run.path)
         progress.say(f"{run.path} is finished already")

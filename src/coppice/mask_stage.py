@@ -16,7 +16,18 @@ from coppice.masks import MaskRecipe, sites, sparsity
 from coppice.planning import Plan, compose
 from coppice.recovery import recover
 from coppice.run import Json
-from coppice.stages import REPAIRED_AT_ONCE, Snapshot, Workbench, as_snapshot, example_input, materialise, preprocessing, trained, validate
+from coppice.stages import (
+    REPAIRED_AT_ONCE,
+    Snapshot,
+    Workbench,
+    as_snapshot,
+    example_input,
+    how_trained,
+    materialise,
+    preprocessing,
+    trained,
+    validate,
+)
 from coppice.torch.capture import capture
 from coppice.torch.masking import Growing, mask, plan_of, unpacked
 from coppice.torch.program import is_held_out, of_one_shape
@@ -57,7 +68,7 @@ def grown(bench: Workbench, name: str, before: Snapshot, epochs: int, recipe: Ma
         growing = Growing(model, sites(coupling)[0], recipe)
         results = trained(bench, name, model, before, epochs, along=growing)
         step = plan_of(coupling, growing.finish())
-        said = {"epochs": epochs, "training": [asdict(result) for result in results]}
+        said = {"epochs": epochs, "training": [asdict(result) for result in results], "optimizer": how_trained(bench, before, epochs)}
         return _noted(bench, name, before, model, coupling, step, recipe, said)
 
     return as_snapshot(bench.run.stage(name, work))
@@ -88,8 +99,8 @@ def _noted(
     }
     state = bench.run.save_state(name, model.state_dict())
     val = validate(bench, model, name)
-    entry = replace(before, stage=name, plan=whole.to_json(), state=state, val=val, masks=facts, **{"epochs": 0, "training": (), **said})
-    return asdict(entry)
+    untrained = {"epochs": 0, "training": (), "optimizer": "", "taken": True}  # what was before may have been
+    return asdict(replace(before, stage=name, plan=whole.to_json(), state=state, val=val, masks=facts, **{**untrained, **said}))
 
 
 def _calibration(bench: Workbench) -> Iterator[tuple[Tensor, Tensor]]:

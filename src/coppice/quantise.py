@@ -5,9 +5,7 @@ ONNX Runtime's static quantiser, weights by channel and symmetric (a zero stays 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,10 @@ def quantise(onnx: Path, out: Path, batches: Iterable[Tensor]) -> None:
     from onnxruntime.quantization import QuantType, quantize_static
 
     from coppice.run import replacing
+    from coppice.runtimes import quiet
 
     try:
-        with replacing(out) as temporary, _quiet():
+        with replacing(out) as temporary, quiet():
             kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
             quantize_static(onnx, temporary, _Images(onnx, batches), per_channel=True, **kinds)
     except Exception as error:  # the quantiser's own have no common base
@@ -59,14 +58,3 @@ class _Images:
     def get_next(self) -> dict[str, Any] | None:
         found = next(self._left, None)
         return None if found is None else {self._name: found.numpy()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice on how to prepare the file."""
-    before = logging.root.level
-    logging.root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.root.setLevel(before)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from coppice.errors import CoppiceError
 from coppice.planning import make_plan
 from coppice.run import Json
-from coppice.stages import Snapshot, Workbench, as_snapshot, materialise, steps_of, trained, validate
+from coppice.stages import Snapshot, Workbench, as_snapshot, how_trained, materialise, steps_of, trained, validate
 from coppice.torch.regularise import regulariser
 
 
@@ -33,6 +33,7 @@ def regularised(bench: Workbench, name: str, before: Snapshot, epochs: int, budg
         state = bench.run.save_state(name, model.state_dict())
         val, training = validate(bench, model, name), [asdict(result) for result in results]
         facts = {"kind": reg.kind, "strength": reg.strength, "said": reg.said()}
-        return asdict(replace(before, stage=name, plan=plan, state=state, val=val, epochs=epochs, training=training, regularised=facts))
+        done: Json = {"epochs": epochs, "training": training, "optimizer": how_trained(bench, before, epochs)}
+        return asdict(replace(before, stage=name, plan=plan, state=state, val=val, regularised=facts, **done))
 
     return as_snapshot(bench.run.stage(name, work))

@@ -63,7 +63,7 @@ class Subject:
         from onnxruntime.quantization import QuantType, quantize_static
 
         path = self.folder / f"{id(self):x}-int8.onnx"
-        with one_sentence(f"ONNX Runtime can't quantise {self.name}"), _quiet():
+        with one_sentence(f"ONNX Runtime can't quantise {self.name}"), quiet():
             quantize_static(self.onnx, path, _Noise(self), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
         return path
 
@@ -136,7 +136,7 @@ class _Noise:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the quantiser's advice on how to prepare the file."""
     before = logging.root.level
     logging.root.setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 from coppice.errors import CoppiceError
 from coppice.planning import kept_widths
+from coppice.recipe import described
 from coppice.run import Json
 from coppice.schedules import train_and_prune
 from coppice.stages import Snapshot, Workbench, as_snapshot, settled_recipe, validate
@@ -24,9 +25,9 @@ def trained_and_cut(bench: Workbench, name: str, before: Snapshot) -> Snapshot:
 
     def work() -> Json:
         bench.progress.say(f"{name}: cuts after {', '.join(f'{share:.0%}' for share in config.cut_after)} of {config.recipe.epochs} epochs")
-        recipe = settled_recipe(bench, before, config.recipe.epochs, 1.0)
+        recipe = settled_recipe(bench, before, config.recipe.epochs, taught=False)
         found = train_and_prune(
-            bench.dense, bench.data, replace(recipe, distill=0.0, features=0.0), config.target, at=config.cut_after,
+            bench.dense, bench.data, recipe, config.target, at=config.cut_after,
             criterion=config.criterion, round_to=config.round_to, min_width=config.min_width, seed=config.seed,
             calibration=config.calibration, on_epoch=told, checkpoint=bench.run.state_path(f"{name}.checkpoint"),
         )  # fmt: skip
@@ -36,6 +37,7 @@ def trained_and_cut(bench: Workbench, name: str, before: Snapshot) -> Snapshot:
                 before, stage=name, plan=found.plan.to_json(), state=state, val=validate(bench, found.model, name),
                 cost=bench.coupling.cost(kept_widths(bench.coupling, found.plan)).to_dict(), epochs=config.recipe.epochs,
                 training=[asdict(result) for result in found.history], checks=found.checks, max_error=found.max_error,
+                optimizer=described(recipe),
             )
         )  # fmt: skip
 

@@ -223,7 +223,10 @@ def _best_cut(
     with bench.progress.bar(f"{name}: comparing the criteria on validation images"):
         # what is left of the calibration images is enough to tell repairs apart, not criteria
         images = of_one_shape(
-            x for x, _ in sample_batches(bench.data.val, preprocessing(bench.data), images=JUDGED, seed=0, batch_size=REPAIRED_AT_ONCE)
+            x
+            for x, _ in sample_batches(
+                bench.data.val, preprocessing(bench.data), images=JUDGED, seed=bench.run.config.seed, batch_size=REPAIRED_AT_ONCE
+            )
         )
         goal = outputs(model, images)
         distances = {cut.criterion: float(divergence(outputs(cut.model, images), goal)) for cut in cuts}
@@ -372,7 +375,7 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
         state = before.state if worse else bench.run.save_state(name, model.state_dict())
         bench.run.state_path(f"{name}.checkpoint").unlink(missing_ok=True)
         kept = before.val if worse else val
-        how = "" if bench.train is not None else described(settled_recipe(bench, before, epochs, rate))
+        how = how_trained(bench, before, epochs, rate)
         training = [asdict(result) for result in results]
         after = replace(before, stage=name, state=state, val=kept, epochs=epochs, training=training, optimizer=how, taken=not worse)
         return asdict(after)
@@ -456,9 +459,13 @@ def _precision(bench: Workbench) -> Any:
     return bench.run.stage("precision", measure)["precision"]
 
 
-def settled_recipe(bench: Workbench, before: Snapshot, epochs: int, rate: float) -> Recipe:
-    """The run's recipe with precision and optimiser; an open one is rehearsed once a run, on the first model that is to be trained."""
+def settled_recipe(bench: Workbench, before: Snapshot, epochs: int, rate: float = 1.0, taught: bool = True) -> Recipe:
+    """The run's recipe with precision and optimiser; an open one is rehearsed once a run, on the first model that is to be trained.
+
+    ``taught``: False where the dense model is no teacher, in the rehearsal neither.
+    """
     recipe = replace(bench.run.config.recipe, epochs=epochs, precision=_precision(bench))
+    recipe = recipe if taught else replace(recipe, distill=0.0, features=0.0)
 
     def work() -> Json:
         bench.progress.say("choosing an optimiser")
@@ -467,12 +474,17 @@ def settled_recipe(bench: Workbench, before: Snapshot, epochs: int, rate: float)
         tried = choose(materialise(bench, before), bench.data, recipe, teacher=teacher, plan=plan, seed=bench.run.config.seed)
         for rehearsed in tried:
             bench.progress.say(f"  {described(rehearsed.recipe)}: validation loss {rehearsed.loss:.3f}")
-        losses = [[described(r.recipe), r.loss if math.isfinite(r.loss) else None] for r in tried]
-        return {"recipe": asdict(tried[0].recipe), "tried": losses}
+        first = tried[0].recipe
+        return {"optimizer": first.optimizer, "lr": first.lr, "freeze_norm": first.freeze_norm}
 
     if recipe.open:
-        recipe = replace(Recipe(**bench.run.stage("optimiser", work)["recipe"]), epochs=epochs)
+        recipe = replace(recipe, **bench.run.stage("optimiser", work))
     return replace(recipe, lr=recipe.peak_lr() * rate)
+
+
+def how_trained(bench: Workbench, before: Snapshot, epochs: int, rate: float = 1.0, taught: bool = True) -> str:
+    """The optimiser in words; nothing of a training function of the user's own."""
+    return "" if bench.train is not None else described(settled_recipe(bench, before, epochs, rate, taught))
 
 
 def _calibration(bench: Workbench, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -79,12 +79,12 @@ def fine_tune(
     steps = steps_per_epoch(data, recipe)
     facts = _resume_facts(checkpoint, recipe, seed, steps)
     x, y = _first_batch(data, recipe, device_of(model))
+    precision = facts["precision"] or (pick_precision(model, (x, y)) if recipe.precision == "auto" else recipe.precision)
+    recipe = replace(recipe, precision=precision)
     if recipe.open:
         chosen = facts["chosen"] or asdict(choose(model, data, recipe, teacher=teacher, plan=plan, seed=seed)[0].recipe)
         facts |= {"chosen": chosen}
         recipe = Recipe(**chosen)
-    precision = facts["precision"] or (pick_precision(model, (x, y)) if recipe.precision == "auto" else recipe.precision)
-    recipe = replace(recipe, precision=precision)
     layout = training_layout(model, x, y)
     model.to(memory_format=layout)
     optimizer = optimizer or make_optimizer(model, recipe)

@@ -38,6 +38,7 @@ from coppice.planning import Plan, compose, kept_widths
 from coppice.progress import Progress, Silent
 from coppice.recipe import AUTO
 from coppice.report import AxisWidth, render_report
+from coppice.result import Result
 from coppice.run import (
     KERAS,
     METRICS,
@@ -59,24 +60,6 @@ DEFAULTS = {"criterion": "taylor", "allocation": "global", "repair": False}  # w
 _LATER = 0.5  # each further round of fine-tuning has half the learning rate
 _SLACK = 1e-9
 _IMAGES = 8
-
-
-@dataclass(frozen=True)
-class KerasResult:
-    """What a run ended with. `metrics` as in metrics.json; `path` is None if no folder was asked for."""
-
-    model: Any
-    plan: Plan
-    metrics: Json
-    path: Path | None
-
-    @property
-    def met(self) -> bool:
-        return bool(self.metrics["met"])
-
-    @property
-    def statement(self) -> str:
-        return str(self.metrics["statement"])
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ def prune(
     out: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
-) -> KerasResult:
+) -> Result[Any]:
     """Prune a trained Keras classifier; `model` is left as it is. See `coppice.prune`.
 
     data: `coppice.keras.data.load_images(...)`, or (train, validation, test), each batches of (inputs, targets): `tf.data`, a list, ...
@@ -159,7 +142,7 @@ def prune(
     return result if out else replace(result, path=None)
 
 
-def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> KerasResult:
+def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> Result[Any]:
     """Prune what the configuration names into the folder `out`. Bad input is found before the folder is made."""
     config = config.absolute()
     check_out(out, config)
@@ -169,7 +152,7 @@ def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> KerasResul
         return _work(model, data, run, progress)
 
 
-def resume(out: Path, *, progress: Progress) -> KerasResult:
+def resume(out: Path, *, progress: Progress) -> Result[Any]:
     """Go on with a run from where it stopped; a finished one is only read."""
     with resume_run(out) as run:
         return _work(*open_inputs(run.config), run, progress)
@@ -224,7 +207,7 @@ def example_shape(data: Parts) -> tuple[int, ...]:
     return (1, *first[0].shape[1:])
 
 
-def _work(model: Any, data: Parts, run: Run, progress: Progress) -> KerasResult:
+def _work(model: Any, data: Parts, run: Run, progress: Progress) -> Result[Any]:
     if run.complete:
         check_manifest(run.path)
         progress.say(f"{run.path} is finished already")
@@ -237,7 +220,7 @@ def _work(model: Any, data: Parts, run: Run, progress: Progress) -> KerasResult:
         _finish(bench, history, reached)
     code = Path(run.config.code) if run.config.code else None
     plan = Plan.from_json((run.path / PLAN).read_text(encoding="utf-8"))
-    return KerasResult(load_keras(run.path / KERAS, code), plan, read_json(run.path / METRICS), run.path)
+    return Result(load_keras(run.path / KERAS, code), plan, read_json(run.path / METRICS), run.path)
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
