@@ -4,7 +4,7 @@ Parts: `structured`, half the MACs; `masks`, 90 % zeros; `2:4`; and `scratch`, a
 a third of its epochs, beside the same training with the cut (and a fine-tuning of a sixth of the epochs) after it. In the first three every
 strategy has `--epochs` in all (`combined`: after the cut and after the masks), the dense model as the teacher, and no round more; random
 choices are the control. Seconds are the process's on one thread, whoever shares its core, of the whole row (scoring, cutting, repairing,
-training, a validation after each epoch, and the test), bytes those of the file (the sparse one, where weights are masked), milliseconds those of
+training, validating and the test), bytes those of the file (the sparse one, where weights are masked), milliseconds those of
 ONNX Runtime on one thread, the dense model's in turns with them (`--no-ms` leaves that out: it wants a core for itself).
 
 Intervals are of 95 %: Wilson's for one seed, for several with the variance between them. Rows that are in `--out` are not done again,

@@ -45,9 +45,3 @@ def test_rows_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     assert strategies.read(tmp_path / "a.json", strategies.Settings()) == json.loads(json.dumps(rows))
     with pytest.raises(SystemExit, match="other settings"):
         strategies.read(tmp_path / "a.json", strategies.Settings(epochs=9))
-
-
-def test_seconds_are_those_of_the_strategy(tmp_path: Path) -> None:
-    journal = {"dense": {"seconds": 9}, "cut 1": {"seconds": 2.0}, "test dense": {"seconds": 9}, "tuned 1": {"seconds": 3.5}}
-    (tmp_path / "journal.json").write_text(json.dumps(journal))
-    assert strategies.seconds_of(tmp_path) == 5.5
