@@ -2,7 +2,8 @@
 
 `scores`: ResNet-56 without a quarter of its blocks, the cheapest by each score, refitted, not trained: test top-1 beside dense.
 `macs`: half of the MACs, not trained, by widths alone and by widths and modules.
-`latency`: 0.6 of ONNX Runtime's milliseconds and up to 3 epochs, the same two ways, with `--seeds`.
+`latency`: 0.6 of ONNX Runtime's milliseconds and up to 3 epochs, the same two ways, with `--seeds`; and 0.8 for ResNet-56, whose widths
+alone don't reach 0.6 (the row says so).
 
 Rows that the file has are not done again, and a run that was stopped in `--folder` goes on where it was. Intervals are Wilson's, of 95 %; a
 table (`.md`) is written beside the file.
@@ -11,6 +12,7 @@ table (`.md`) is written beside the file.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import time
@@ -26,6 +28,7 @@ import coppice
 from accuracy import JOBS, Job
 from coppice.config import RunConfig
 from coppice.data import load_data, sample_batches
+from coppice.errors import UnreachableError
 from coppice.evaluate import evaluate, reestimate_batchnorm
 from coppice.loop import prune_run
 from coppice.models import load_model
@@ -41,6 +44,10 @@ IMAGES, SCORED = 512, 256  # for the refit and for the scores; those that are no
 PART = 0.25  # of the blocks
 NETWORKS = ("ResNet-56", "MobileNetV2")
 TRAINED = {"ResNet-56": Recipe(distill=0.9, epochs=3), "MobileNetV2": replace(JOBS["MobileNetV2"].recipe, epochs=3)}
+TARGETS = {
+    "macs": dict.fromkeys(NETWORKS, ("macs=0.5",)),
+    "latency": {"ResNet-56": ("latency=0.6@onnxruntime", "latency=0.8@onnxruntime"), "MobileNetV2": ("latency=0.6@onnxruntime",)},
+}
 Row = dict[str, Any]
 
 
@@ -84,25 +91,26 @@ def scores(shared: Path, known: set[str], only: str) -> Iterator[Row]:
 
 def runs(part: str, shared: Path, folder: Path, seeds: int, known: set[str], only: str) -> Iterator[Row]:
     """Whole runs of the loop, by widths alone and with modules."""
-    target = "macs=0.5" if part == "macs" else "latency=0.6@onnxruntime"
-    for network in NETWORKS:
-        job = JOBS[network]
-        for seed in range(seeds):
-            for depth in (False, True):
-                name = f"{network}, {target}, {'width and depth' if depth else 'width'}, seed {seed}"
-                if name in known or not re.search(only, name):
-                    continue
-                began = time.perf_counter()
-                recipe = TRAINED[network] if part == "latency" else Recipe(epochs=0)
-                config = RunConfig(
-                    model=f"{shared}/models.py:{job.factory}", weights=str(weights_of(job, shared)), data=str(shared / "data" / job.data),
-                    preprocess=job.preprocess, target=parse_target(target), depth=depth, recipe=recipe, rounds=1, seed=seed, threads=1,
-                )  # fmt: skip
-                result = prune_run(config, folder / re.sub(r"\W+", "-", name), progress=Terminal())
-                after, before = (result.metrics[key] for key in ("pruned", "dense"))
-                extra = {"latency": after["latency"] / before["latency"]} if part == "latency" else {}
-                share = after["macs"] / before["macs"]
-                yield row(name, part, after["top1"], after["top1_ci95"], share, began, result.plan.modules) | extra
+    wanted = ((network, target) for network in NETWORKS for target in TARGETS[part][network])
+    for (network, target), seed, depth in itertools.product(wanted, range(seeds), (False, True)):
+        name = f"{network}, {target}, {'width and depth' if depth else 'width'}, seed {seed}"
+        if name in known or not re.search(only, name):
+            continue
+        began, job = time.perf_counter(), JOBS[network]
+        recipe = TRAINED[network] if part == "latency" else Recipe(epochs=0)
+        config = RunConfig(
+            model=f"{shared}/models.py:{job.factory}", weights=str(weights_of(job, shared)), data=str(shared / "data" / job.data),
+            preprocess=job.preprocess, target=parse_target(target), depth=depth, recipe=recipe, rounds=1, seed=seed, threads=1,
+        )  # fmt: skip
+        try:
+            result = prune_run(config, folder / re.sub(r"\W+", "-", name), progress=Terminal())
+        except UnreachableError as error:
+            yield {"name": name, "part": part, "error": str(error)}
+            continue
+        after, before = (result.metrics[key] for key in ("pruned", "dense"))
+        extra = {"latency": after["latency"] / before["latency"]} if part == "latency" else {}
+        share = after["macs"] / before["macs"]
+        yield row(name, part, after["top1"], after["top1_ci95"], share, began, result.plan.modules) | extra
 
 
 def row(name: str, part: str, top1: float, interval: Any, macs: float, began: float, modules: dict[str, str]) -> Row:
@@ -113,6 +121,9 @@ def row(name: str, part: str, top1: float, interval: Any, macs: float, began: fl
 def table(rows: list[Row]) -> str:
     lines = ["| | test top-1, % | 95 % | MACs | latency | modules that went |", "|---|---|---|---|---|---|"]
     for r in rows:
+        if "error" in r:
+            lines.append(f"| {r['name']} | – |  |  |  | {r['error']} |")
+            continue
         interval = f"{r['ci95'][0]:.2f} to {r['ci95'][1]:.2f}"
         latency = f"× {r['latency']:.3f}" if "latency" in r else ""
         lines.append(f"| {r['name']} | {r['top1']:.2f} | {interval} | × {r['macs']:.3f} | {latency} | {', '.join(r['modules'])} |")

@@ -41,7 +41,7 @@ def model() -> torch.nn.Module:
 @pytest.mark.parametrize("steps", [1, 2])
 def test_what_widths_can_not_reach_modules_do(model: torch.nn.Module, steps: int, tmp_path: Path) -> None:
     data, out = load_data("digits", preprocess=Preprocess()), tmp_path / "run"
-    with pytest.raises(UnreachableError):
+    with pytest.raises(UnreachableError, match=r"or let whole modules go \(--depth\)"):
         coppice.prune(model, data, "macs=0.45", **(SETTINGS | {"depth": False}))
     result = coppice.prune(model, data, "macs=0.45", out=out, steps=steps, **SETTINGS)
     assert result.plan.modules

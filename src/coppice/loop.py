@@ -193,9 +193,11 @@ def _check_feasible(dense: nn.Module, data: Data, config: RunConfig) -> None:
         control = score(dense, coupling, "random", None, None, config.seed)  # reaching a budget depends on widths, not on what is kept
         try:
             make_plan(coupling, control, budgets, round_to=math.lcm(config.round_to, grid), min_width=config.min_width, prices=prices)
-        except UnreachableError:
-            if not (config.depth and worthwhile(coupling)):  # what modules save as well shows once they are gone
+        except UnreachableError as error:
+            if not worthwhile(coupling):
                 raise
+            if not config.depth:  # with it, what modules save as well shows once they are gone
+                raise UnreachableError(f"{error}, or let whole modules go (--depth)") from error
 
 
 def count_outputs(dense: nn.Module, data: Data) -> int:
