@@ -9,26 +9,47 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import coppice
-from coppice import cli_keras, cli_latency, cli_masks, cli_modules
+from coppice import cli_keras, cli_latency, cli_modules, cli_print
 from coppice.cli_masks import CutAfter, Int8, MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Regularise, Sparsity, Strength
+from coppice.cli_options import (
+    Aggregation,
+    AsJson,
+    Calibration,
+    Code,
+    Criterion,
+    DataSpec,
+    Input,
+    Mean,
+    MinWidth,
+    Model,
+    NumClasses,
+    Resize,
+    RoundTo,
+    Seed,
+    Size,
+    Split,
+    Std,
+    Text,
+    Threads,
+    ValFraction,
+    Weights,
+    flag_of,
+    numbers,
+    settings_of,
+)
 from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
     from coppice.config import RunConfig
-    from coppice.coupling import Coupling
-    from coppice.curves import Sensitivity
-    from coppice.metrics import Metrics
     from coppice.result import Result
-    from coppice.run import Json
 
 app = typer.Typer(
     add_completion=False,
@@ -40,31 +61,6 @@ app = typer.Typer(
 
 app.command()(cli_latency.measure)
 app.command()(cli_latency.predict)
-
-# Options that several commands share. None means "not given": the defaults live in RunConfig.
-Text = str | None  # a module-level alias, evaluated when typer reads the annotations
-Model = Annotated[str, typer.Option("--model", help="FILE.py:factory, torchvision:NAME, timm:NAME or FILE.keras", metavar="SPEC")]
-Weights = Annotated[Text, typer.Option("--weights", help=".safetensors, or .pth/.pt holding only tensors", metavar="FILE")]
-NumClasses = Annotated[int | None, typer.Option("--num-classes", help="passed to the factory")]
-Code = Annotated[Text, typer.Option("--code", help="of a .keras file: Python with the classes it needs; it is run", metavar="FILE")]
-Input = Annotated[Text, typer.Option("--input", help="shape of an example input, such as 1,3,224,224", metavar="N,C,H,W")]
-DataSpec = Annotated[Text, typer.Option("--data", help="a folder, a parquet or arrow file, or digits", metavar="PATH")]
-Mean = Annotated[Text, typer.Option("--mean", help="per channel, for pixels in 0..1", metavar="R,G,B")]
-Std = Annotated[Text, typer.Option("--std", help="per channel, for pixels in 0..1", metavar="R,G,B")]
-Size = Annotated[int | None, typer.Option("--size", help="centre crop, pixels")]
-Resize = Annotated[int | None, typer.Option("--resize", help="shorter side before the crop, pixels")]
-Split = Annotated[
-    list[str] | None, typer.Option("--split", help="what the data calls a split, such as train=training", metavar="ROLE=NAME")
-]
-ValFraction = Annotated[float | None, typer.Option("--val-fraction", help="part of train that decisions are taken on [0.1]")]
-Seed = Annotated[int | None, typer.Option("--seed", help="everything random derives from it [0]")]
-Threads = Annotated[int | None, typer.Option("--threads", help="PyTorch threads [one a core]")]
-Criterion = Annotated[Text, typer.Option("--criterion", help="obs, taylor, fisher, l1, ..., random, or auto (tries several) [obs]")]
-Aggregation = Annotated[Text, typer.Option("--aggregation", help="over all that goes with an index: sum, mean or max [sum]")]
-RoundTo = Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this [8]")]
-MinWidth = Annotated[int | None, typer.Option("--min-width", help="no axis gets narrower [8]")]
-Calibration = Annotated[int | None, typer.Option("--calibration", help="training images for the scores and the repair [512]")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on stdout")]
 
 
 def _version(wanted: bool) -> None:
@@ -98,8 +94,8 @@ def inspect(
 ) -> None:
     """Show the axes of a model: what is coupled, what each share of the cost is, what moves together, what is pinned and why."""
     if cli_keras.is_file(model):
-        coupling, found = cli_keras.coupled(model, code, _numbers("--input", input, int) if input else None)
-        _show_axes(coupling, model, found, axis, as_json)
+        coupling, found = cli_keras.coupled(model, code, numbers("--input", input, int) if input else None)
+        cli_print.show_axes(coupling, model, found, axis, as_json)
         return
     import torch
 
@@ -109,7 +105,7 @@ def inspect(
 
     if input is None:
         raise CoppiceError("inspect needs the shape of an input: --input 1,3,224,224")
-    shape = tuple(_numbers("--input", input, int))
+    shape = tuple(numbers("--input", input, int))
     if any(size < 1 for size in shape):
         raise CoppiceError(f"--input {input}: every size must be 1 or more")
     try:
@@ -120,14 +116,14 @@ def inspect(
     coupling = couple(capture(network, (example,)))
     if modules:
         given = {"data": data, "mean": mean, "std": std, "size": size, "resize": resize}
-        settings = _settings({key: value for key, value in given.items() if value is not None}, None)
+        settings = settings_of({key: value for key, value in given.items() if value is not None}, None)
         scores = cli_modules.scored(network, coupling, settings, score) if data or score else {}
         times = cli_modules.timed(network, coupling, runtime, shape[1:]) if runtime else {}
         cli_modules.show(coupling, model, scores, times, as_json)
         return
     if data or score or runtime:
         raise CoppiceError("--data, --score and --runtime go with --modules: add it")
-    _show_axes(coupling, model, shape, axis, as_json)
+    cli_print.show_axes(coupling, model, shape, axis, as_json)
 
 
 @app.command()
@@ -162,10 +158,10 @@ def sensitivity(
     from coppice.loop import measure_sensitivity
     from coppice.pictures import check_renderer
 
-    settings = _settings(given, None)
+    settings = settings_of(given, None)
     if not settings.data:
         raise CoppiceError("name the data with --data")
-    shares = _numbers("--parts", parts, float)
+    shares = numbers("--parts", parts, float)
     if images < 1:
         raise CoppiceError(f"--images {images}: it must be 1 or more")
     if out is not None:
@@ -178,7 +174,7 @@ def sensitivity(
     if as_json:
         typer.echo(json.dumps({"model": model, "criterion": settings.criterion, "repair": settings.repair, **found.to_dict()}, indent=1))
     else:
-        _print_curves(found)
+        cli_print.print_curves(found)
 
 
 @app.command()
@@ -261,7 +257,7 @@ def prune(
     if resume is not None:
         if given or out or config:
             raise CoppiceError(
-                f"--resume goes on with the run's own settings: drop {_flag(next(iter([*given, 'out' if out else 'config'])))}"
+                f"--resume goes on with the run's own settings: drop {flag_of(next(iter([*given, 'out' if out else 'config'])))}"
             )
         _finish(resume, lambda: _resume(resume))
         return
@@ -269,7 +265,7 @@ def prune(
         raise CoppiceError("name the run folder with --out")
     if cli_keras.is_file(model or "") and config is None:
         given = {**cli_keras.defaults(), **given}
-    settings = _settings(given, config)
+    settings = settings_of(given, config)
     _finish(out, lambda: _prune(settings, out))
 
 
@@ -297,10 +293,10 @@ def evaluate(
         raise CoppiceError(f"--part {part}: choose test, val or train")
     if cli_keras.is_file(model) or cli_keras.is_run(Path(model)):
         keras_settings = (
-            _settings(given, Path(model) / "config.toml") if Path(model).is_dir() else _settings(given | {"model": model}, None)
+            settings_of(given, Path(model) / "config.toml") if Path(model).is_dir() else settings_of(given | {"model": model}, None)
         )
         with _terminal().bar("measuring") as advance:
-            _print_metrics(part, *cli_keras.measured(Path(model), keras_settings, part, advance), as_json)
+            cli_print.print_metrics(part, *cli_keras.measured(Path(model), keras_settings, part, advance), as_json)
         return
     from coppice.data import check_classes, load_data
     from coppice.evaluate import evaluate as measure
@@ -314,7 +310,7 @@ def evaluate(
     is_run = folder.is_dir()
     if is_run and (weights or num_classes):
         raise CoppiceError("a run folder has its own weights: drop --weights and --num-classes")
-    config = _settings(given, folder / CONFIG if is_run else None) if is_run else _settings(given | {"model": model}, None)
+    config = settings_of(given, folder / CONFIG if is_run else None) if is_run else settings_of(given | {"model": model}, None)
     if not config.data:
         raise CoppiceError("name the data with --data")
     with fixed_threads(config.threads or usable_cores()), _terminal().bar("measuring") as advance:
@@ -324,7 +320,7 @@ def evaluate(
         )
         check_classes(images, count_outputs(network, images))
         found = measure(network, getattr(images, part), images.preprocess, progress=advance)
-    _print_metrics(part, found, images.classes, as_json)
+    cli_print.print_metrics(part, found, images.classes, as_json)
 
 
 @app.command()
@@ -364,56 +360,6 @@ def demo(
     _finish(out / "pruned", lambda: run_demo(out, fresh=fresh, progress=_terminal()))
 
 
-# --- from options to settings ---------------------------------------------------------------------------------------
-
-_PREPROCESS, _RECIPE = ("size", "resize", "mean", "std"), (
-    "epochs", "optimizer", "lr", "weight_decay", "batch_size", "schedule", "warmup", "label_smoothing", "distill", "precision", "augment",
-    "freeze_norm", "features", "ema",
-)  # fmt: skip
-
-
-def _settings(given: Mapping[str, Any], config: Path | None) -> RunConfig:
-    """The settings of a config.toml, or the defaults, with the options given on top."""
-    from coppice.config import RunConfig, load_config
-    from coppice.targets import parse_target
-
-    base = load_config(config)[0] if config else RunConfig()
-    readers: dict[str, Callable[[Any], Any]] = {
-        "mean": lambda text: tuple(_numbers("--mean", text, float)),
-        "std": lambda text: tuple(_numbers("--std", text, float)),
-        "input": lambda text: tuple(_numbers("--input", text, int)),
-        "cut_after": lambda text: tuple(_numbers("--cut-after", text, float)),
-        "target": parse_target,
-        "split": _splits,
-    }
-    read = {name: readers[name](value) if name in readers else value for name, value in given.items()}
-    if "split" in read:
-        read["splits"] = read.pop("split")
-    preprocess = replace(base.preprocess, **{k: read.pop(k) for k in _PREPROCESS if k in read})
-    recipe = replace(base.recipe, **{k: read.pop(k) for k in _RECIPE if k in read})
-    masks = replace(base.masks, **cli_masks.taken_from(read))
-    return replace(base, **read, preprocess=preprocess, recipe=recipe, masks=masks)
-
-
-def _numbers(flag: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise CoppiceError(f"{flag} {text}: write numbers with commas between them") from None
-
-
-def _splits(given: Sequence[str]) -> dict[str, str]:
-    pairs = [entry.partition("=") for text in given for entry in text.split(",")]
-    wrong = [role for role, equals, name in pairs if role not in ("train", "val", "test") or not name]
-    if wrong:
-        raise CoppiceError(f"--split {wrong[0]}: write ROLE=NAME with a role of train, val or test")
-    return {role: name for role, _, name in pairs}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 # --- doing and saying -----------------------------------------------------------------------------------------------
 
 
@@ -440,7 +386,7 @@ def _finish(folder: Path, work: Callable[[], Result[Any]]) -> None:
     """Do the work, print what came of it, and leave with the exit status that says whether the target holds."""
     with _guarded(folder):
         result = work()
-    _print_result(result.metrics)
+    cli_print.print_result(result.metrics)
     if result.met:
         typer.echo(result.statement)
     else:
@@ -480,126 +426,6 @@ def _terminal() -> Any:
     from coppice.progress import Terminal
 
     return Terminal()
-
-
-def _print_metrics(part: str, found: Metrics, names: Sequence[str], as_json: bool) -> None:
-    low, high = found.top1_ci95
-    if as_json:
-        classes = dict(zip(names, found.per_class, strict=True))
-        typer.echo(
-            json.dumps(
-                {
-                    "part": part,
-                    "images": found.n,
-                    "top1": found.top1,
-                    "top1_ci95": [low, high],
-                    "top5": found.top5,
-                    "loss": found.loss,
-                    "per_class": classes,
-                }
-            )
-        )
-    else:
-        typer.echo(
-            f"{part}, {found.n} images: top-1 {found.top1:.2f} % (95 %: {low:.2f} - {high:.2f}), "
-            f"top-5 {found.top5:.2f} %, loss {found.loss:.4f}"
-        )
-
-
-def _show_axes(coupling: Coupling, model: str, shape: Sequence[int], axis: str | None, as_json: bool) -> None:
-    from coppice.inspection import inspect_axes
-
-    if axis is not None:
-        _print_sites(coupling, axis, as_json)
-        return
-    found = {"model": model, "input": list(shape), **inspect_axes(coupling)}
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        _print_axes(found)
-
-
-def _print_axes(found: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from coppice.targets import humanise
-
-    table = Table(box=None, header_style="bold")
-    table.add_column("axis", overflow="fold")  # a name is there to be used
-    for column in ("width", "sites", "MACs", "params"):
-        table.add_column(column, justify="right")
-    table.add_column("pinned, or tied to")
-    for axis in found["axes"]:
-        shares = [f"{100 * axis[key]:.1f} %" for key in ("macs_share", "params_share")]
-        note = axis["pinned"] or ("~ " + ", ".join(axis["tied_to"]) if axis["tied_to"] else "")
-        table.add_row(axis["name"], str(axis["width"]), str(len(axis["sites"])), *shares, note, style="dim" if axis["pinned"] else "")
-    console = Console(highlight=False)
-    console.print(table)
-    free = [axis for axis in found["axes"] if not axis["pinned"]]
-    totals = (
-        f"{humanise(found['macs'], 'macs')} MACs, {humanise(found['params'], 'params')} parameters, {humanise(found['bytes'], 'bytes')}"
-    )
-    on_free = f"{100 * found['prunable_share']:.1f} % of the parameters lie on an axis that can be cut"
-    console.print(f"{len(free)} axes can be cut, {len(found['axes']) - len(free)} are pinned; {on_free}. {totals}.", markup=False)
-
-
-def _print_curves(found: Sensitivity) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from coppice.curves_report import cells
-
-    most = max(len(curve.points) for curve in found.curves)
-    table = Table(box=None, header_style="bold")
-    table.add_column("axis", overflow="fold", min_width=20)
-    for column in ("width", "gives MACs", *[""] * most):
-        table.add_column(column, justify="right")
-    for curve in found.curves:
-        name = curve.axis + "".join(f" ~ {other}" for other in curve.tied)
-        table.add_row(name, str(curve.width), f"{100 * curve.gives(found.limit):.1f} %", *cells(curve))
-    console = Console(highlight=False)
-    console.print(table)
-    cell = "width that stays: divergence from the dense outputs" + (", points of top-1" if found.top1 is not None else "")
-    dense = f" (dense top-1 {found.top1:.2f} %)" if found.top1 is not None else ""
-    console.print(f"{cell}, on {found.images} images{dense}.", markup=False)
-    console.print(f"gives MACs: what the axis alone saves of all MACs at a divergence of at most {found.limit:.3g}.", markup=False)
-
-
-def _print_sites(coupling: Coupling, name: str, as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from coppice.inspection import inspect_axis
-
-    axis = coupling.axis(name)
-    rows = inspect_axis(coupling, axis)
-    if as_json:
-        keys = ("tensor", "kind", "dim", "made_of")
-        typer.echo(
-            json.dumps({"axis": axis.name, "width": axis.width, "sites": [dict(zip(keys, row, strict=True)) for row in rows]}, indent=1)
-        )
-        return
-    table = Table("tensor", "kind", "dim", "made of", box=None, header_style="bold")
-    for tensor, kind, dim, made_of in rows:
-        table.add_row(tensor, kind, str(dim), made_of.replace("[", "\\["))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"{axis.name}: {axis.width} wide, {len(rows)} sites. {axis.pinned or 'It can be cut.'}", markup=False)
-
-
-def _print_result(metrics: Json) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from coppice.report import table_rows
-
-    table = Table("", box=None, header_style="bold")
-    for column in ("dense", "pruned", "change"):
-        table.add_column(column, justify="right")
-    for row in table_rows(metrics):
-        table.add_row(*row)
-    Console(highlight=False).print(table)
 
 
 def run(arguments: Sequence[str]) -> int:
