@@ -6,8 +6,8 @@ repairs, by its default criterion, by others and by `auto`, and without the refi
 the same rounding, raw and with BatchNorm re-estimated (`bench/peer.py` says how it is configured, and why); random choices through both;
 and, with epochs, a smaller dense model trained from scratch.
 
-What is random (random choices; everything once it is trained) has three seeds. Intervals are of 95 %: Wilson's for one seed; for several
-the mean over seeds, with the variance between seeds and that of the test images. The table, the picture (`.svg`, accuracy against MACs) and
+Every method has three seeds: what it is calibrated, re-estimated or trained on is drawn. Intervals are of 95 %: Wilson's for one; for
+several the mean over seeds, with the variance between seeds and that of the test images. The table, the picture (`.svg`, accuracy against MACs) and
 the JSON are written next to each other. Rows that are in `--out` already are not done again, and `--minutes` stops before that much
 time is spent, so that it can run in pieces; `--only` names rows by a regular expression.
 """
@@ -53,7 +53,7 @@ from coppice.train import fine_tune
 IMAGES = 512  # for calibration
 CUTS = (1.33, 2.0, 3.0)
 SEEDS = (0, 1, 2)
-CRITERIA = ("obs", AUTO, *(name for name in EVERY if name not in ("obs", "random")))
+CRITERIA = ("obs", AUTO, *(name for name in EVERY if name != "obs"))
 SCRATCH = "smaller dense model, trained from scratch"
 IMAGENET = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SYMMETRIC = Preprocess(mean=(0.5,), std=(0.5,))
@@ -166,19 +166,17 @@ def smaller(bench: Bench, factor: float, seed: int) -> nn.Module:
     return model
 
 
-def methods(epochs: int) -> Iterator[tuple[str, Method, bool]]:
-    """Name, how, and whether its result depends on a seed even if it is not trained."""
+def methods(epochs: int) -> Iterator[tuple[str, Method]]:
     for criterion in CRITERIA:
-        yield f"ours, {criterion}", partial(ours, criterion=criterion), False
-    yield "ours, obs, layers not refitted", partial(ours, criterion="obs", refit=False), False
-    yield "ours, random", partial(ours, criterion="random"), True
+        yield f"ours, {criterion}", partial(ours, criterion=criterion)
+    yield "ours, obs, layers not refitted", partial(ours, criterion="obs", refit=False)
     if epochs:
-        yield SCRATCH, smaller, True
+        yield SCRATCH, smaller
     for criterion in (*peer.CRITERIA, peer.RANDOM):
         for setting in peer.SETTINGS:
             for norms in (False, True):
                 name = f"Torch-Pruning, {criterion}, {setting}" + (", BatchNorm re-estimated" if norms else "")
-                yield name, partial(theirs, criterion=criterion, setting=setting, norms=norms), criterion == peer.RANDOM
+                yield name, partial(theirs, criterion=criterion, setting=setting, norms=norms)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -188,9 +186,9 @@ def work(epochs: int, cuts: tuple[float, ...], only: list[str], seeds: tuple[int
     """What identifies each row that was asked for, and its method."""
     yield {"method": "dense", "cut": 1.0, "epochs": 0, "seed": 0}, lambda bench, *_: bench.dense
     for factor in cuts:
-        for name, method, drawn in methods(epochs):
+        for name, method in methods(epochs):
             if not only or any(re.search(part, name) for part in only):
-                for seed in seeds if drawn or epochs else seeds[:1]:
+                for seed in seeds:
                     yield {"method": name, "cut": factor, "epochs": epochs, "seed": seed}, method
 
 
@@ -283,7 +281,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=JOBS, default=[])
     parser.add_argument("--cut", action="append", type=float, default=[])
     parser.add_argument("--only", action="append", default=[], help="a regular expression for methods' names, such as 'ours, obs$'")
-    parser.add_argument("--seed", action="append", type=int, default=[], help="of what is random; without it 0, 1 and 2")
+    parser.add_argument("--seed", action="append", type=int, default=[], help="without it 0, 1 and 2")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this long")
     parser.add_argument("--round-to", type=int, default=1)
