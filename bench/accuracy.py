@@ -7,9 +7,9 @@ the same rounding, raw and with BatchNorm re-estimated (`bench/peer.py` says how
 and, with epochs, a smaller dense model trained from scratch.
 
 Every method has three seeds: what it is calibrated, re-estimated or trained on is drawn. Intervals are of 95 %: Wilson's for one; for
-several the mean over seeds, with the variance between seeds and that of the test images. The table, the picture (`.svg`, accuracy against MACs) and
-the JSON are written next to each other. Rows that are in `--out` already are not done again, and `--minutes` stops before that much
-time is spent, so that it can run in pieces; `--only` names rows by a regular expression.
+several the mean over seeds, with the variance between seeds and that of the test images. The table, the picture (`.svg`, accuracy against
+MACs) and the JSON are written next to each other. Rows that are in `--out` already are not done again, and `--minutes` stops before that
+much time is spent, so that it can run in pieces; `--only` names rows by a regular expression.
 """
 
 from __future__ import annotations
