@@ -7,9 +7,10 @@ the same rounding, raw and with BatchNorm re-estimated (`bench/peer.py` says how
 and, with epochs, a smaller dense model trained from scratch.
 
 Every method has three seeds: what it is calibrated, re-estimated or trained on is drawn. Intervals are of 95 %: Wilson's for one; for
-several the mean over seeds, with the variance between seeds and that of the test images. The table, the picture (`.svg`, accuracy against
-MACs) and the JSON are written next to each other. Rows that are in `--out` already are not done again, and `--minutes` stops before that
-much time is spent, so that it can run in pieces; `--only` names rows by a regular expression.
+several the mean over seeds, with the variance between seeds and that of the test images. Seconds are the process's, whoever shares its
+core. The table, the picture (`.svg`, accuracy against MACs) and the JSON are written next to each other. Rows that are in `--out` already
+are not done again, and `--minutes` stops before that much time is spent, so that it can run in pieces; `--only` names rows by a regular
+expression.
 """
 
 from __future__ import annotations
@@ -194,12 +195,12 @@ def work(epochs: int, cuts: tuple[float, ...], only: list[str], seeds: tuple[int
 
 def result(bench: Bench, key: Row, method: Method) -> Row:
     """Prune, train, measure; a peer that can't is a row that says why."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         model = method(bench, key["cut"], key["seed"])
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     if key["epochs"]:
         recipe = replace(bench.job.recipe, epochs=key["epochs"], precision="fp32")
         if key["method"] == SCRATCH:  # what suits a trained network is too gentle for a fresh one
@@ -207,7 +208,7 @@ def result(bench: Bench, key: Row, method: Method) -> Row:
         fine_tune(model, bench.data, recipe, teacher=bench.dense, seed=key["seed"])
     found = evaluate(model, bench.data.test, bench.data.preprocess, limit=bench.settings.test_images or None)
     macs = macs_of(model, bench.peer.example)
-    trained = time.perf_counter() - start - seconds
+    trained = time.process_time() - start - seconds
     return {"top1": found.top1, "n": found.n, "macs_ratio": macs / bench.macs, "seconds": seconds, "seconds_training_and_test": trained}
 
 
@@ -223,7 +224,7 @@ def interval(rows: list[Row]) -> tuple[float, float, float]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| model | cut | epochs | method | MACs × | top-1 (95 %) | seeds | seconds to prune |",
+        "| model | cut | epochs | method | MACs × | top-1 (95 %) | seeds | CPU seconds to prune |",
         "|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     for (model, factor, epochs, method), group in grouped(rows):
