@@ -42,7 +42,7 @@ from coppice.data import load_data, sample_batches
 from coppice.deadline import Clock, plan_on_time, start_clock
 from coppice.errors import CoppiceError
 from coppice.evaluate import evaluate, reestimate_batchnorm
-from coppice.export import write_onnx
+from coppice.exporting import write_onnx
 from coppice.latency import latency_model
 from coppice.models import load_model
 from coppice.planning import kept_widths

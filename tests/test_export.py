@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coppice.errors import CoppiceError, VerificationError
-from coppice.export import RTOL, ExportError, check_onnx, export_onnx
+from coppice.exporting import RTOL, ExportError, check_onnx, export_onnx
 
 
 class Small(nn.Module):
@@ -80,7 +80,7 @@ def test_a_file_of_another_model_is_found_out(model: nn.Module, images: Tensor, 
 
 def test_a_wrong_file_never_reaches_its_place(model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.onnx").write_text("old")
-    monkeypatch.setattr("coppice.export.RTOL", -1.0)
+    monkeypatch.setattr("coppice.exporting.RTOL", -1.0)
     with pytest.raises(VerificationError):
         export_onnx(model, images, tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_text() == "old"

@@ -15,7 +15,7 @@ from coppice import formats
 from coppice.cli import run
 from coppice.demo import DigitsNet
 from coppice.errors import CoppiceError, VerificationError
-from coppice.export import RTOL, ExportError
+from coppice.exporting import RTOL, ExportError
 from coppice.recipe import Recipe
 
 PLAIN = """

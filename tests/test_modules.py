@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import coppice
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError, VerificationError
-from coppice.export import export_onnx
+from coppice.exporting import export_onnx
 from coppice.planning import Plan, compose
 from coppice.testing.networks import randomise
 from coppice.torch.apply import build, slice_optimizer_state

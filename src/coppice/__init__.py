@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from coppice.criteria import score
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
-    from coppice.front_ends import apply, capture, prune, verify
+    from coppice.front_ends import apply, capture, export, prune, verify
     from coppice.masks import MaskRecipe
     from coppice.modules import removable
     from coppice.planning import Plan, remove, remove_modules
@@ -38,6 +38,7 @@ _HOMES = {
     "apply": "coppice.front_ends",
     "capture": "coppice.front_ends",
     "couple": "coppice.coupling",
+    "export": "coppice.front_ends",
     "hold_masks": "coppice.torch.masking",
     "load": "coppice.run",
     "load_sparse": "coppice.sparse_file",
@@ -60,8 +61,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "CoppiceError", "MaskRecipe", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "hold_masks", "load",
-    "load_sparse", "mask", "measure", "plan", "prune", "regulariser", "removable", "remove", "remove_modules", "repair", "rewind",
+    "CoppiceError", "MaskRecipe", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "export", "hold_masks",
+    "load", "load_sparse", "mask", "measure", "plan", "prune", "regulariser", "removable", "remove", "remove_modules", "repair", "rewind",
     "save_sparse", "score", "sensitivity", "take_in", "train_and_prune", "verify",
 ]  # fmt: skip
 

@@ -331,7 +331,7 @@ def export(
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset [the exporter's own]")] = None,
 ) -> None:
     """Write a run's pruned model, compared with PyTorch on the run's images, to be run where coppice is not installed."""
-    from coppice.export import check_onnx
+    from coppice.exporting import check_onnx
     from coppice.formats import format_of, write
     from coppice.loop import some_images
     from coppice.run import ONNX, load

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coppice.errors import CoppiceError
+from coppice.silence import stderr_silenced
 
 if TYPE_CHECKING:
     from coppice.config import RunConfig
@@ -48,18 +49,13 @@ def _import_quietly() -> None:
     """Import Keras and its backend without TensorFlow's notes on the machine, which it writes past Python, on every start."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
     try:
-        import keras
+        with stderr_silenced():
+            import keras
 
-        keras.ops.zeros(())
+            keras.ops.zeros(())
     except Exception as error:
         raise CoppiceError(f"Keras can't be imported with the backend {os.environ['KERAS_BACKEND']}: {error}") from error
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def defaults() -> dict[str, Any]:

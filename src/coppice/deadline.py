@@ -18,7 +18,7 @@ from torch import nn
 from coppice.allocate import plan as make_plan
 from coppice.coupling import Coupling
 from coppice.errors import UnreachableError
-from coppice.export import write_onnx
+from coppice.exporting import write_onnx
 from coppice.latency import LatencyModel, latency_model
 from coppice.microbench import check_tells
 from coppice.planning import Plan

@@ -19,7 +19,7 @@ from coppice.coupling import couple
 from coppice.data import ImageData, sample_batches
 from coppice.errors import CoppiceError, VerificationError
 from coppice.evaluate import evaluate
-from coppice.export import RTOL, ExportError, export_onnx
+from coppice.exporting import RTOL, ExportError, export_onnx
 from coppice.forward import logits
 from coppice.latency import latency_model
 from coppice.planning import Plan, kept_widths

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coppice.errors import CoppiceError
-from coppice.export import ExportCheck, ExportError, as_fp32, compare, export_onnx, first_line, quietly, write_onnx
+from coppice.exporting import ExportCheck, ExportError, as_fp32, compare, export_onnx, first_line, quietly, write_onnx
 from coppice.run import replacing
 from coppice.runtimes import openvino_model, runtime
 

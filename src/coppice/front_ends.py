@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coppice.coupling import Coupling
+from coppice.errors import CoppiceError
 from coppice.graph import Graph
 from coppice.planning import Plan
 from coppice.targets import Target
 
 if TYPE_CHECKING:
+    from coppice.exporting import ExportCheck
     from coppice.verification import Verification
 
 
@@ -43,6 +46,26 @@ def apply(model: Any, plan: Plan) -> Any:
     from coppice.torch.apply import apply as build_torch
 
     return build_torch(model, plan)
+
+
+def export(model: Any, path: str | Path, to: str = "onnx", inputs: Any = None, *, opset: int | None = None) -> ExportCheck:
+    """Write ``model`` to ``path``, compared with itself on ``inputs`` before it is put there; nothing is left of a file that differs.
+
+    ``to``: of a PyTorch model ``onnx``, ``openvino`` or ``pt2``, and ``inputs`` are at least four images; of a Keras model ``onnx``,
+    ``lite``, ``savedmodel`` or ``keras``, and ``inputs`` are random unless they are given.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise CoppiceError(f"{path}: there is no folder {path.parent}")
+    if is_keras(model):
+        from coppice.keras.export import export as write
+
+        return write(model, path, to, inputs, opset)
+    from coppice.formats import write as write_torch
+
+    if inputs is None:
+        raise CoppiceError("a PyTorch model is compared with its file on images: give at least four as inputs")
+    return write_torch(to, model, inputs, path, opset)
 
 
 def prune(model: Any, data: Any, target: Any = Target(), **options: Any) -> Any:

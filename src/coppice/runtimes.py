@@ -51,7 +51,7 @@ class Subject:
             return self.file
         import torch
 
-        from coppice.export import write_onnx
+        from coppice.exporting import write_onnx
 
         path = self.folder / f"{id(self):x}.onnx"
         write_onnx(self.torch(), torch.from_numpy(self.input(2)), path)
@@ -161,8 +161,8 @@ def _in_session(subject: Subject, path: Path, batch: int, threads: int, provider
     return lambda: session.run(outputs, feed)
 
 
-def onnx_session(path: Path, batch: int, threads: int, provider: str, name: str, profile: Path | None = None) -> Any:
-    """An ONNX Runtime session with every free batch dim fixed. CoppiceError where the provider is absent or can't run the file."""
+def onnx_session(path: Path, batch: int | None, threads: int, provider: str, name: str, profile: Path | None = None) -> Any:
+    """An ONNX Runtime session with every free batch dim fixed, unless ``batch`` is None. CoppiceError where the provider is absent or can't run the file."""
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():
@@ -174,7 +174,7 @@ def onnx_session(path: Path, batch: int, threads: int, provider: str, name: str,
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    for free in _free_dims(path):
+    for free in () if batch is None else _free_dims(path):
         options.add_free_dimension_override_by_name(free, batch)
     with one_sentence(f"ONNX Runtime can't run {name}"):
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])
