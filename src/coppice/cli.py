@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import coppice
-from coppice import cli_keras, cli_latency, cli_modules, cli_print
+from coppice import cli_export, cli_keras, cli_latency, cli_modules, cli_print
 from coppice.cli_masks import CutAfter, Int8, MaskCriterion, MaskSchedule, MaskScope, MaskSteps, NofM, Regularise, Sparsity, Strength
 from coppice.cli_options import (
     Aggregation,
@@ -61,6 +61,7 @@ app = typer.Typer(
 
 app.command()(cli_latency.measure)
 app.command()(cli_latency.predict)
+app.command()(cli_export.export)
 
 
 def _version(wanted: bool) -> None:
@@ -321,32 +322,6 @@ def evaluate(
         check_classes(images, count_outputs(network, images))
         found = measure(network, getattr(images, part), images.preprocess, progress=advance)
     cli_print.print_metrics(part, found, images.classes, as_json)
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="a finished run folder")],
-    to: Annotated[str, typer.Option("--to", help="onnx, openvino or pt2 (torch.export)")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", help="the file [RUN/model.onnx, .xml or .pt2]", metavar="FILE")] = None,
-    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset [the exporter's own]")] = None,
-) -> None:
-    """Write a run's pruned model, compared with PyTorch on the run's images, to be run where coppice is not installed."""
-    from coppice.exporting import check_onnx
-    from coppice.formats import format_of, write
-    from coppice.loop import some_images
-    from coppice.run import ONNX, load
-
-    suffix = format_of(to).suffix
-    if out is not None and not out.parent.is_dir():
-        raise CoppiceError(f"--out {out}: there is no folder {out.parent}")
-    model = load(run)
-    images, what = some_images(run)
-    path = out or run / (ONNX if opset is None else f"model-opset{opset}.onnx").replace(".onnx", suffix)
-    written = path == run / ONNX and path.exists()  # by prune: say that it still holds
-    check = check_onnx(model, images, path) if written else write(to, model, images, path, opset)
-    files = (path, path.with_suffix(".bin")) if to == "openvino" else (path,)
-    size = sum(file.stat().st_size for file in files)
-    typer.echo(f"{path}: {size / 1e6:.2f} MB, equals PyTorch within {check.error:.1e} of the largest output, on {check.images} {what}")
 
 
 @app.command()

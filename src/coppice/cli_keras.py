@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coppice.errors import CoppiceError
-from coppice.silence import stderr_silenced
+from coppice.silence import silenced
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from coppice.config import RunConfig
     from coppice.coupling import Coupling
+    from coppice.exporting import ExportCheck
     from coppice.metrics import Metrics
     from coppice.progress import Progress
     from coppice.result import Result
 
+EXPORTED_ON = 8  # images that an exported file is compared on
 _BACKENDS = ("tensorflow", "jax", "torch")
 
 
@@ -50,7 +54,7 @@ def _import_quietly() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
-        with stderr_silenced():
+        with silenced():
             import keras
 
             keras.ops.zeros(())
@@ -109,3 +113,27 @@ def measured(model: Path, config: RunConfig, part: str, progress: Callable[[int,
     network = load(model) if model.is_dir() else load_keras(model, Path(config.code) if config.code else None)
     data = load_images(config.data, config.preprocess, config.val_fraction, config.seed, config.splits)
     return evaluate(network, getattr(data, part), progress), data.classes
+
+
+def exported(model: Path, config: RunConfig, to: str, out: Path | None, opset: int | None) -> tuple[Path, ExportCheck, str]:
+    """Write a file or a run's pruned model in another format: where it lies, how it compares, and with what that was found."""
+    ready()
+    from coppice.keras.export import export, format_of
+    from coppice.keras.files import load_keras
+    from coppice.run import load
+
+    suffix = format_of(to, opset).suffix
+    network = load(model) if model.is_dir() else load_keras(model, Path(config.code) if config.code else None)
+    path = out or (model / f"model{suffix}" if model.is_dir() else model.with_suffix(suffix))
+    images = _images(config)
+    return path, export(network, path, to, images, opset), "random inputs" if images is None else "images of its data"
+
+
+def _images(config: RunConfig) -> NDArray[Any] | None:
+    """Some validation images, where there is data."""
+    from coppice.keras.data import load_images
+
+    if not config.data:
+        return None
+    data = load_images(config.data, config.preprocess, config.val_fraction, config.seed, config.splits)
+    return next(data.val.batches(EXPORTED_ON))[0]

@@ -162,7 +162,10 @@ def _in_session(subject: Subject, path: Path, batch: int, threads: int, provider
 
 
 def onnx_session(path: Path, batch: int | None, threads: int, provider: str, name: str, profile: Path | None = None) -> Any:
-    """An ONNX Runtime session with every free batch dim fixed, unless ``batch`` is None. CoppiceError where the provider is absent or can't run the file."""
+    """An ONNX Runtime session with every free batch dim fixed, unless ``batch`` is None.
+
+    CoppiceError where the provider is absent or can't run the file.
+    """
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():

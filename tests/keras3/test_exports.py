@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ LOAD = {
         "i.resize_tensor_input(given['index'], x.shape)\ni.allocate_tensors()\ni.set_tensor(given['index'], x)\ni.invoke()\n"
         "y = i.get_tensor(out['index'])"
     ),
-    "savedmodel": "import tensorflow\ny = tensorflow.saved_model.load('m.savedmodel').serve(x).numpy()",
+    "savedmodel": "import tensorflow\nm = tensorflow.saved_model.load('m.savedmodel')\ny = m.serve(x).numpy()",
 }
 
 
@@ -89,3 +88,138 @@ def test_each_is_what_the_model_is(name: str, model: Any, images: Any, tmp_path:
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model.predict_on_batch(images[:4]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_several_inputs_and_outputs_by_name(name: str, tmp_path: Path) -> None:
+    """Exporters put them in orders of their own."""
+    keras.utils.set_random_seed(2)
+    late, early = keras.Input((4,), name="zeta"), keras.Input((6,), name="alpha")
+    both = layers.Add()([layers.Dense(4)(early), late])
+    outputs = [layers.Dense(3, name="z")(both), *(layers.Dense(k + 4, name=f"a{k}")(late) for k in range(10))]
+    listed = keras.Model([late, early], outputs)
+    named = keras.Model({"zeta": late, "alpha": early}, {"z": outputs[0], "a": outputs[1]})
+    for k, model in enumerate((listed, named)):
+        assert coppice.export(model, tmp_path / f"{k}{exports.FORMATS[name].suffix}", name).error <= RTOL
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_fixed_batch(name: str, tmp_path: Path) -> None:
+    start = keras.Input(batch_shape=(2, 8, 8, 3))
+    model = keras.Model(start, layers.Dense(3)(layers.Reshape((-1,))(layers.Conv2D(8, 3)(start))))
+    images = np.random.default_rng(0).standard_normal((5, 8, 8, 3)).astype("float32")
+    assert coppice.export(model, tmp_path / f"m{exports.FORMATS[name].suffix}", name, images).batches == (2,)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_wrong_file_never_reaches_its_place(name: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number of one weight is off."""
+    found = exports.FORMATS[name]
+
+    def wrong(given: Any, path: Path, opset: int | None) -> None:
+        other = keras.models.clone_model(given)
+        other.set_weights(given.get_weights())
+        other.layers[-1].bias.assign(other.layers[-1].bias + np.eye(5)[0] * 0.01)
+        found.write(other, path, opset)
+
+    monkeypatch.setitem(exports.FORMATS, name, exports.Format(found.suffix, found.title, wrong, found.load, found.needs))
+    with pytest.raises(VerificationError, match=f"{found.title} differs from Keras"):
+        coppice.export(model, tmp_path / f"m{found.suffix}", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in ("lite", "onnx") if name in FORMATS])
+def test_what_a_format_has_no_op_for_is_one_sentence(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    start = keras.Input((6, 6, 3))
+    x = keras.ops.erfinv(layers.Conv2D(4, 3, activation="sigmoid")(start)) if name == "onnx" else keras.ops.erf(layers.Conv2D(4, 3)(start))
+    with pytest.raises(ExportError, match=r"[Ee]rf") as caught:
+        coppice.export(keras.Model(start, layers.Flatten()(x)), tmp_path / f"m{exports.FORMATS[name].suffix}", name)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "message"),
+    [
+        ("m.tflite", {"to": "pt2"}, "is written as one of keras, savedmodel, lite, onnx"),
+        ("m.keras", {"to": "keras", "opset": 18}, "only ONNX has opsets"),
+        ("m.bin", {"to": "keras"}, r"\.keras file; name it so"),
+        ("none/m.keras", {"to": "keras"}, "there is no folder"),
+        ("there.keras", {"to": "keras"}, "exists already"),
+        ("m.keras", {"to": "keras", "inputs": np.zeros((4, 9, 9, 3))}, "does not fit it"),
+        ("m.keras", {"to": "keras", "inputs": [np.zeros((4, 12, 12, 3))] * 2}, "takes 1 inputs, 2 were given"),
+    ],
+)
+def test_bad_requests_are_one_sentence(file: str, arguments: dict[str, Any], message: str, model: Any, tmp_path: Path) -> None:
+    (tmp_path / "there.keras").write_text("old")
+    with pytest.raises(CoppiceError, match=message):
+        coppice.export(model, tmp_path / file, **arguments)
+    assert [p.name for p in tmp_path.iterdir()] == ["there.keras"]
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="ONNX is not written on that backend")
+def test_the_opset_can_be_chosen(model: Any, tmp_path: Path) -> None:
+    import onnx
+
+    coppice.export(model, tmp_path / "m.onnx", opset=17)
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 17
+    with pytest.raises(ExportError):
+        coppice.export(model, tmp_path / "n.onnx", opset=999)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="that backend writes all of them")
+@pytest.mark.parametrize("name", ["lite", "savedmodel"])
+def test_what_another_backend_writes(name: str, model: Any, tmp_path: Path) -> None:
+    with pytest.raises(CoppiceError, match=f"is not written on the backend {BACKEND}: .*set KERAS_BACKEND=tensorflow"):
+        coppice.export(model, tmp_path / "m", name)
+
+
+def test_a_package_that_is_missing(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    if BACKEND != "jax":
+        with pytest.raises(CoppiceError, match=r"ONNX needs the package onnxruntime: pip install 'coppice\[onnxruntime\]'"):
+            coppice.export(model, tmp_path / "m.onnx")
+
+
+def test_an_input_of_open_size_needs_data(tmp_path: Path) -> None:
+    start = keras.Input((None, None, 3))
+    model = keras.Model(start, layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(start)))
+    with pytest.raises(CoppiceError, match="leaves the size of its input open"):
+        coppice.export(model, tmp_path / "m.keras", "keras")
+    assert coppice.export(model, tmp_path / "m.keras", "keras", np.ones((2, 9, 7, 3))).images == 4
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of the digits, in a file."""
+    keras.utils.set_random_seed(0)
+    path = tmp_path_factory.mktemp("digits") / "net.keras"
+    net = [keras.Input((8, 8, 1)), layers.Conv2D(8, 3, activation="relu"), layers.Flatten(), layers.Dense(10, activation="softmax")]
+    keras.Sequential(net).save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_command(name: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / f"out{exports.FORMATS[name].suffix}"
+    assert run(["export", str(digits), "--to", name, "--out", str(out), "--data", "digits"]) == 0
+    said = capsys.readouterr().out
+    assert out.exists()
+    assert "equals Keras within" in said
+    assert "on 8 images of its data" in said
+    assert run(["export", str(digits), "--to", name, "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([str(digits), "--to", "pt2"], "a Keras model is written as one of"),
+        ([str(tmp_path / "none.keras")], "there is no model file"),
+        ([str(tmp_path)], "no run folder"),
+        ([str(tmp_path), "--data", "digits"], "a run folder has its own data and code: drop --data"),
+        ([str(digits), "--to", "keras"], "exists already"),
+    ):
+        assert run(["export", *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a Keras model is written as. Each file is compared with the model before anyone gets to see it, and runs where coppice is not installed.
+"""What a Keras model is written as; each file is compared with the model before anyone gets to see it, none of them needs coppice to run.
 
 A format is a function that writes the file and one that loads it and answers; to add one, write these two and give them a line in
 ``FORMATS``.
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from coppice.errors import CoppiceError, VerificationError
 from coppice.exporting import RTOL, ExportCheck, ExportError, first_line, quietly
 from coppice.keras.walk import function_of, require_plain
-from coppice.silence import stderr_silenced
+from coppice.silence import silenced
 
 Array = NDArray[Any]
 Inputs = Sequence[Array]
@@ -46,10 +47,10 @@ class Format:
 
 
 def export(model: Any, path: Path, to: str, inputs: Any = None, opset: int | None = None) -> ExportCheck:
-    """Write a Sequential or Functional model to ``path`` in the format of that name, compared with Keras on ``inputs``; nothing is written over.
+    """Write a Sequential or Functional model to ``path``, in the format of that name; nothing is written over.
 
-    ``inputs``: an array, or one for each of the model's inputs, the batch first; random ones without. Nothing is left at ``path`` unless the
-    outputs are the same within RTOL, in batches of several sizes. Raises ExportError, VerificationError, CoppiceError.
+    It is compared with Keras on ``inputs`` (an array, or one for each of the model's inputs, the batch first; random ones without) in
+    batches of several sizes, and nothing is left unless they agree within RTOL. Raises ExportError, VerificationError, CoppiceError.
     """
     require_plain(model)
     chosen = format_of(to, opset)
@@ -74,8 +75,9 @@ def format_of(name: str, opset: int | None = None) -> Format:
         raise CoppiceError(f"--opset {opset}: only ONNX has opsets, drop it for {name}")
     found, backend = FORMATS[name], keras.backend.backend()
     if backend not in found.needs:
-        others = " or ".join(f"KERAS_BACKEND={other}" for other in found.needs)
-        raise CoppiceError(f"{found.title} is not written on the backend {backend}: set {others}")
+        able = next((name for name in found.needs if find_spec(name)), "")
+        do = f"set KERAS_BACKEND={able}" if able else "pip install 'coppice[tensorflow]', and set KERAS_BACKEND=tensorflow"
+        raise CoppiceError(f"{found.title} is not written on the backend {backend}: {do}")
     for package, extra in found.needs[backend].items():
         try:
             importlib.import_module(package)
@@ -99,7 +101,7 @@ def write(model: Any, path: Path, to: str, opset: int | None = None) -> None:
 @contextmanager
 def _silently() -> Iterator[None]:
     """The converters speak by every way that there is, of the terminal and of the machine."""
-    with quietly(), stderr_silenced():
+    with quietly(), silenced():
         yield
 
 
@@ -115,7 +117,7 @@ def compare(model: Any, inputs: Inputs, answer: Answer, title: str) -> ExportChe
 
 def _difference(model: Any, inputs: Inputs, answer: Answer, title: str) -> float:
     want = [np.asarray(keras.ops.convert_to_numpy(x)) for x in keras.tree.flatten(model(_structured(model, inputs), training=False))]
-    with stderr_silenced():
+    with silenced():
         try:
             have = [np.asarray(x) for x in answer(inputs)]
         except Exception as error:  # the runtimes' own kinds
@@ -198,7 +200,13 @@ def _write_lite(model: Any, path: Path, opset: int | None) -> None:
 
     with tempfile.TemporaryDirectory(prefix="coppice-") as folder:
         _write_saved_model(model, Path(folder), opset)
-        path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
+        try:
+            path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
+        except Exception as error:  # a report of many lines, one of which names what is missing
+            missing = re.search(r"^TF Select ops: (.+)$", str(error), re.MULTILINE)
+            if missing is None:
+                raise
+            raise ExportError(f"the model can't be written as LiteRT: it has no op for TensorFlow's {missing[1]}") from error
 
 
 def _lite(path: Path, model: Any) -> Answer:
@@ -231,7 +239,8 @@ def _write_onnx(model: Any, path: Path, opset: int | None) -> None:
         from coppice.keras.tf2onnx_ops import register
 
         register()
-    model.export(path, format="onnx", verbose=False, opset_version=opset)
+    signature = [function_of(model)._inputs_struct]  # named, else Keras asks for a model that has been called
+    model.export(path, format="onnx", verbose=False, input_signature=signature, opset_version=opset)
     try:
         onnx.checker.check_model(path)
     except Exception as error:  # tf2onnx writes a file where it has logged that an op of TensorFlow's is none of ONNX's
@@ -243,7 +252,7 @@ def _onnx(path: Path, model: Any) -> Answer:
 
     session = onnx_session(path, None, 1, "CPUExecutionProvider", path.name)
     names = [symbol.name for symbol in function_of(model).inputs]
-    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))  # type: ignore[no-any-return]
+    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
 _RUNTIME = {"onnx": "onnxruntime", "onnxruntime": "onnxruntime"}
@@ -251,7 +260,5 @@ FORMATS: dict[str, Format] = {
     "keras": Format(".keras", ".keras", _save, _saved, {"tensorflow": {}, "jax": {}, "torch": {}}),
     "savedmodel": Format(".savedmodel", "SavedModel", _write_saved_model, _saved_model, {"tensorflow": {}}),
     "lite": Format(".tflite", "LiteRT", _write_lite, _lite, {"tensorflow": {"ai_edge_litert": "litert"}}),
-    "onnx": Format(
-        ".onnx", "ONNX", _write_onnx, _onnx, {"tensorflow": {**_RUNTIME, "tf2onnx": "tensorflow-onnx"}, "torch": _RUNTIME}
-    ),
+    "onnx": Format(".onnx", "ONNX", _write_onnx, _onnx, {"tensorflow": {**_RUNTIME, "tf2onnx": "tensorflow-onnx"}, "torch": _RUNTIME}),
 }
