@@ -124,7 +124,7 @@ def restless(subject: runtimes.Subject, batch: int, threads: int) -> runtimes.Ru
 
 
 def test_what_is_too_noisy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RUNTIMES, "restless", Runtime("numpy", "core", restless, reads_onnx=False))
+    monkeypatch.setitem(RUNTIMES, "restless", Runtime("numpy", "core", restless, reads=None))
     with pytest.raises(CoppiceError, match=r"too noisy to time \(restless, 1 thread, batch 1\)|too busy to time"):
         coppice.measure({"net": ready()}, SHAPE, ("restless",), rounds=9)
 

@@ -69,6 +69,28 @@ def defaults() -> dict[str, Any]:
     return DEFAULTS
 
 
+def opened(config: RunConfig) -> Any:
+    """The dense model of a configuration."""
+    ready()
+    from coppice.keras.files import load_keras
+
+    return load_keras(Path(config.model), Path(config.code) if config.code else None)
+
+
+def opened_with_shape(model: str) -> tuple[Any, tuple[int, ...] | None]:
+    """The model of a file, and the shape of its one input without the batch, where that is fixed."""
+    ready()
+    from coppice.keras.files import load_keras
+    from coppice.keras.walk import function_of
+
+    network = load_keras(Path(model))
+    inputs = function_of(network).inputs
+    if len(inputs) != 1:
+        raise CoppiceError(f"{model} takes {len(inputs)} inputs: only models with one input can be timed")
+    shape = tuple(inputs[0].shape[1:])
+    return network, None if None in shape else shape
+
+
 def coupled(model: str, code: str | None, shape: Sequence[int] | None) -> tuple[Coupling, Sequence[int]]:
     """The axes of the model, and the shape they were found with: the one given, or the model's own."""
     ready()

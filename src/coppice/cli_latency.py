@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # rows of a table
 Models = Annotated[
-    list[str], typer.Argument(help="a run folder, an .onnx file, FILE.py:factory, torchvision:NAME or timm:NAME", metavar="MODEL...")
+    list[str],
+    typer.Argument(
+        help="a run folder, an .onnx, .tflite or .keras file, FILE.py:factory, torchvision:NAME or timm:NAME", metavar="MODEL..."
+    ),
 ]
 Input = Annotated[str | None, typer.Option("--input", help="shape of an example input, such as 1,3,224,224", metavar="N,C,H,W")]
 NumClasses = Annotated[int | None, typer.Option("--num-classes", help="passed to the factory")]
@@ -30,8 +33,8 @@ def measure(
         str | None, typer.Option("--against", help="the model to compare with [a run's dense model, else the first]", metavar="MODEL")
     ] = None,
     runtime: Annotated[
-        str, typer.Option("--runtime", help="torch, torch.compile, onnxruntime, openvino, ...", metavar="NAME,...")
-    ] = "torch",
+        str | None, typer.Option("--runtime", help="torch, onnxruntime, openvino, keras, litert, ... [the model's own]", metavar="NAME,...")
+    ] = None,
     threads: Annotated[str, typer.Option("--threads", metavar="N,...")] = "1",
     batch: Annotated[str, typer.Option("--batch", metavar="N,...")] = "1",
     input: Input = None,
@@ -43,7 +46,7 @@ def measure(
     """Time models where they will run, turn by turn, and say which differences are more than noise."""
     from coppice.progress import Terminal
     from coppice.run import check_new_file, write_text
-    from coppice.subjects import open_subjects
+    from coppice.subjects import open_subjects, own_runtime
     from coppice.timing import measure as time_them
 
     if out is not None:
@@ -53,7 +56,7 @@ def measure(
         found = time_them(
             subjects,
             shape,
-            runtime.split(","),
+            (runtime or own_runtime(subjects)).split(","),
             _listed("--threads", threads, int),
             _listed("--batch", batch, int),
             against=reference,

@@ -77,7 +77,7 @@ def start_clock(setting: Setting, shape: tuple[int, ...], dense: nn.Module, fold
     check_tells(setting.runtime)
     check([setting])
     reference: nn.Module | Path = dense
-    if RUNTIMES[setting.runtime].reads_onnx:
+    if RUNTIMES[setting.runtime].reads is not None:
         import torch
 
         reference = folder / "dense.onnx"

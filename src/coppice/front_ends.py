@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
+from coppice.frameworks import is_keras
 from coppice.graph import Graph
 from coppice.planning import Plan
 from coppice.targets import Target
@@ -15,12 +15,6 @@ from coppice.targets import Target
 if TYPE_CHECKING:
     from coppice.exporting import ExportCheck
     from coppice.verification import Verification
-
-
-def is_keras(model: Any) -> bool:
-    """Whether ``model`` is a Keras model; with the PyTorch backend it is a module of PyTorch as well."""
-    keras = sys.modules.get("keras")
-    return keras is not None and hasattr(keras, "Model") and isinstance(model, keras.Model)
 
 
 def capture(model: Any, inputs: Any, values: bool = False) -> Graph:

@@ -30,6 +30,8 @@ PACKAGES = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "tf2onnx",
+    "ai-edge-litert",
     "openvino",
 )
 

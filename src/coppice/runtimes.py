@@ -10,10 +10,12 @@ import contextlib
 import copy
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +23,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError
+from coppice.silence import silenced
 
 if TYPE_CHECKING:
     from torch import nn
 
 CALIBRATED_ON = 8  # inputs
 COMPILED_AT_MOST = 64  # models of one class in one process
+LITE = ".tflite"
 Run = Callable[[], object]
 Start = Callable[["Subject", int, int], Run]
 
 
 @dataclass
 class Subject:
-    """A model to be timed: a PyTorch module or an ONNX file.
+    """A model to be timed: a PyTorch module, a Keras model (``network``), or an ONNX or LiteRT file.
 
     ``shape``: that of one input, without its batch dim. ``folder``: where files that are made of the model may lie.
     """
@@ -43,19 +47,37 @@ class Subject:
     folder: Path
     module: nn.Module | None = None
     file: Path | None = None
+    network: Any = None
 
     @cached_property
     def onnx(self) -> Path:
         """The model as an ONNX file with a dynamic batch, exported when it is first asked for."""
-        if self.file is not None:
+        if self.file is not None and self.file.suffix != LITE:
             return self.file
-        import torch
-
-        from coppice.exporting import write_onnx
-
         path = self.folder / f"{id(self):x}.onnx"
-        write_onnx(self.torch(), torch.from_numpy(self.input(2)), path)
+        if self.module is not None:
+            import torch
+
+            from coppice.exporting import write_onnx
+
+            write_onnx(self.torch(), torch.from_numpy(self.input(2)), path)
+        else:
+            self._write(path, "onnx", "a runtime of ONNX files")
         return path
+
+    @cached_property
+    def lite(self) -> Path:
+        """The model as a LiteRT file with a dynamic batch, exported when it is first asked for."""
+        if self.file is not None and self.file.suffix == LITE:
+            return self.file
+        path = self.folder / f"{id(self):x}{LITE}"
+        self._write(path, "lite", "LiteRT")
+        return path
+
+    def _write(self, path: Path, to: str, runtime: str) -> None:
+        from coppice.keras.export import write
+
+        write(self.keras(runtime), path, to)
 
     @cached_property
     def int8(self) -> Path:
@@ -69,8 +91,18 @@ class Subject:
 
     def torch(self) -> nn.Module:
         if self.module is None:
-            raise CoppiceError(f"{self.name} is an ONNX file, which PyTorch can't run: leave torch out of --runtime")
+            raise self._unable("PyTorch")
         return self.module.eval()
+
+    def keras(self, runtime: str = "Keras") -> Any:
+        if self.network is None:
+            raise self._unable(runtime)
+        return self.network
+
+    def _unable(self, runtime: str) -> CoppiceError:
+        file = "" if self.file is None else "a LiteRT file" if self.file.suffix == LITE else "an ONNX file"
+        kind = file or ("a PyTorch model" if self.network is None else "a Keras model")
+        return CoppiceError(f"{self.name} is {kind}, which {runtime} can't run: choose another --runtime")
 
     def input(self, batch: int) -> NDArray[np.float32]:
         return np.random.default_rng(0).standard_normal((batch, *self.shape), dtype=np.float32)
@@ -78,12 +110,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Runtime:
-    """``package`` is what must be importable, ``extra`` the extra of coppice that installs it."""
+    """``package`` is what must be importable, ``extra`` the extra of coppice that installs it.
+
+    ``reads`` makes the file that it runs, where it runs one.
+    """
 
     package: str
     extra: str
     start: Start
-    reads_onnx: bool = True
+    reads: Callable[[Subject], Path] | None = attrgetter("onnx")
 
     def version(self) -> str:
         with contextlib.suppress(PackageNotFoundError):
@@ -117,6 +152,37 @@ def _in_torch(model: Callable[..., object], x: Any, threads: int) -> Run:
             torch.set_num_threads(threads)
         with torch.inference_mode():
             return model(x)
+
+    return run
+
+
+def _keras(subject: Subject, batch: int, threads: int) -> Run:
+    """By the function that Keras compiles (on PyTorch, eagerly): the backend's threads share the cores that the process is kept on."""
+    model, x = subject.keras(), subject.input(batch)
+    torch = sys.modules.get("torch")
+
+    def run() -> object:
+        if torch is not None and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        return model.predict_on_batch(x)
+
+    return run
+
+
+def _litert(subject: Subject, batch: int, threads: int) -> Run:
+    from ai_edge_litert.interpreter import Interpreter
+
+    with one_sentence(f"LiteRT can't run {subject.name}"), silenced():
+        interpreter = Interpreter(str(subject.lite), num_threads=threads)
+        (given,), (out, *_) = interpreter.get_input_details(), interpreter.get_output_details()
+        interpreter.resize_tensor_input(given["index"], (batch, *subject.shape))
+        interpreter.allocate_tensors()
+    x = subject.input(batch)
+
+    def run() -> object:
+        interpreter.set_tensor(given["index"], x)
+        interpreter.invoke()
+        return interpreter.get_tensor(out["index"])
 
     return run
 
@@ -229,13 +295,15 @@ def one_sentence(what: str) -> Iterator[None]:
 
 
 RUNTIMES: dict[str, Runtime] = {
-    "torch": Runtime("torch", "torch", _eager, reads_onnx=False),
-    "torch.compile": Runtime("torch", "torch", _compiled, reads_onnx=False),
+    "torch": Runtime("torch", "torch", _eager, reads=None),
+    "torch.compile": Runtime("torch", "torch", _compiled, reads=None),
     "onnxruntime": Runtime("onnxruntime", "onnxruntime", _onnxruntime),
     "onnxruntime-int8": Runtime("onnxruntime", "onnxruntime", _int8),
     "onnxruntime-cuda": Runtime("onnxruntime", "onnxruntime", partial(_onnxruntime, provider="CUDAExecutionProvider")),
     "onnxruntime-tensorrt": Runtime("onnxruntime", "onnxruntime", partial(_onnxruntime, provider="TensorrtExecutionProvider")),
     "openvino": Runtime("openvino", "openvino", _openvino),
+    "keras": Runtime("keras", "keras", _keras, reads=None),
+    "litert": Runtime("ai_edge_litert", "litert", _litert, reads=attrgetter("lite")),
 }
 
 

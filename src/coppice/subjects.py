@@ -1,18 +1,19 @@
-"""What a command line names to be timed: modules, run folders with their dense models, ONNX files, and the shape of their input."""
+"""What a command line names to be timed: models, run folders with their dense models, files of runtimes, and the shape of their input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from coppice import cli_keras
 from coppice.errors import CoppiceError
+from coppice.frameworks import is_keras
+from coppice.runtimes import LITE, runtime
+from coppice.silence import silenced
 
-if TYPE_CHECKING:
-    from torch import nn
-
-Opened = tuple["nn.Module | Path", tuple[int, ...] | None]
-Subjects = dict[str, "nn.Module | Path"]
+Opened = tuple[Any, tuple[int, ...] | None]  # a module, a Keras model or the path of a file
+Subjects = dict[str, Any]
 
 
 def open_subjects(
@@ -32,38 +33,71 @@ def open_subjects(
             opened[spec] = _pruned(Path(spec))
         elif spec.endswith(".onnx"):
             opened[spec] = _onnx_file(Path(spec))
+        elif spec.endswith(LITE):
+            opened[spec] = _lite_file(Path(spec))
+        elif cli_keras.is_file(spec):
+            opened[spec] = cli_keras.opened_with_shape(spec)
         else:
             opened[spec] = _module(spec, num_classes)
     shape = _shape({name: own for name, (_, own) in opened.items()}, given)
     return {name: model for name, (model, _) in opened.items()}, against or next(iter(opened)), shape
 
 
+def own_runtime(subjects: Subjects) -> str:
+    """Where a model runs as it is: the first one's."""
+    first = next(iter(subjects.values()))
+    if isinstance(first, Path):
+        return "litert" if first.suffix == LITE else "onnxruntime"
+    return "keras" if is_keras(first) else "torch"
+
+
 def _pruned(run: Path) -> Opened:
     from coppice.run import METRICS, load, read_json
 
+    if cli_keras.is_run(run):
+        cli_keras.ready()
     return load(run), tuple(read_json(run / METRICS)["input"][1:])
 
 
 def _dense_of(run: Path) -> tuple[str, Opened]:
     """Its weights are not needed: what they are does not change how long they take."""
     from coppice.config import load_config
-    from coppice.models import load_model
     from coppice.run import CONFIG, METRICS, check_manifest, read_json
 
     check_manifest(run)
     config, _ = load_config(run / CONFIG)
     if not config.model:
         raise CoppiceError(f"{run} was made from a module in Python: name the model to compare with by --against")
-    return f"{config.model} (dense)", (
-        load_model(config.model, None, config.num_classes or None),
-        tuple(read_json(run / METRICS)["input"][1:]),
-    )
+    name, shape = f"{config.model} (dense)", tuple(read_json(run / METRICS)["input"][1:])
+    if config.is_keras:
+        return name, (cli_keras.opened(config), shape)
+    from coppice.models import load_model
+
+    return name, (load_model(config.model, None, config.num_classes or None), shape)
 
 
 def _module(spec: str, num_classes: int | None) -> Opened:
     from coppice.models import load_model
 
     return load_model(spec, None, num_classes), None
+
+
+def _lite_file(path: Path) -> Opened:
+    """The file, and the shape of its one input, where that is fixed but for the batch."""
+    if not path.is_file():
+        raise CoppiceError(f"there is no file {path}")
+    runtime("litert")
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        with silenced():
+            inputs = Interpreter(str(path)).get_input_details()
+    except Exception as error:  # LiteRT's own
+        raise CoppiceError(f"{path} is truncated or no LiteRT file: export it again") from error
+    if len(inputs) != 1:
+        raise CoppiceError(f"{path} takes {len(inputs)} inputs: only models with one input can be timed")
+    shape = tuple(int(n) for n in inputs[0]["shape_signature"][1:])
+    return path, shape if shape and min(shape) > 0 else None
 
 
 def _onnx_file(path: Path) -> Opened:

@@ -16,18 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from coppice.errors import CoppiceError
+from coppice.frameworks import is_keras
 from coppice.machine import growth, interruptions, machine, pinning, usable_cores, versions
 from coppice.noise import Interval, bootstrap, speedup
 from coppice.progress import Advance
 from coppice.runtimes import RUNTIMES, Run, Subject, one_sentence, runtime
-
-if TYPE_CHECKING:
-    from torch import nn
 
 ROUNDS = 15
 TURN = 0.06  # seconds of timed runs in a turn: long enough to average, short enough that a burst of other work meets all models alike
@@ -108,7 +106,7 @@ class Measurement:
 
 
 def measure(
-    models: Mapping[str, nn.Module | Path],
+    models: Mapping[str, Any],
     shape: Sequence[int],
     runtimes: Sequence[str] = ("torch",),
     threads: Sequence[int] = (1,),
@@ -118,19 +116,16 @@ def measure(
     rounds: int = ROUNDS,
     progress: Advance = lambda done, total: None,
 ) -> Measurement:
-    """Time every model (a module, or the path of an .onnx file) in every setting; ``shape`` is that of one input, without its batch dim.
+    """Time every model (a module, a Keras model, or the path of an .onnx or .tflite file) in every setting.
 
-    ``against``: the model that the others are compared with (the first). CoppiceError where a runtime is missing or can't run a model, and
-    where the machine is too busy or too noisy to say anything.
+    ``shape``: that of one input, without its batch dim. ``against``: the model that the others are compared with (the first).
+    CoppiceError where a runtime is missing or can't run a model, and where the machine is too busy or too noisy to say anything.
     """
     against = next(iter(models)) if against is None else against
     settings = [Setting(r, t, b) for r in runtimes for t in threads for b in batches]
     check(settings, rounds)
     with tempfile.TemporaryDirectory(prefix="coppice-") as folder, _torch_threads_kept(), pinning() as pin:
-        subjects = [
-            Subject(name, tuple(shape), Path(folder), **({"file": m} if isinstance(m, Path) else {"module": m}))
-            for name, m in models.items()
-        ]
+        subjects = [Subject(name, tuple(shape), Path(folder), **{_kind(model): model}) for name, model in models.items()]
         lanes = [_Lane(subject, setting, pin) for setting in settings for subject in subjects]
         for done in range(rounds):
             progress(done, rounds)
@@ -142,6 +137,10 @@ def measure(
         _compare(timings[name, setting], timings[against, setting]) for setting in settings for name in models if name != against
     ]
     return Measurement(tuple(timings.values()), tuple(comparisons), machine(usable_cores()), versions())
+
+
+def _kind(model: Any) -> str:
+    return "file" if isinstance(model, Path) else "network" if is_keras(model) else "module"
 
 
 @contextmanager
@@ -178,8 +177,9 @@ class _Lane:
     def __init__(self, subject: Subject, setting: Setting, pin: Callable[[int], None]) -> None:
         self.subject, self.setting, self._pin = subject, setting, pin
         self._turns: list[_Turn] = []
-        if RUNTIMES[setting.runtime].reads_onnx:
-            subject.onnx  # noqa: B018  # exported now: what that takes is not the runtime's memory
+        reads = RUNTIMES[setting.runtime].reads
+        if reads is not None:
+            reads(subject)  # exported now: what that takes is not the runtime's memory
         pin(setting.threads)
         with growth() as self._memory:
             self._run = RUNTIMES[setting.runtime].start(subject, setting.batch, setting.threads)
