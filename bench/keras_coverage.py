@@ -33,7 +33,7 @@ def checked(name: str, side: int) -> dict[str, Any]:
     from coppice.keras.apply import weights_in
 
     keras.utils.set_random_seed(0)
-    model = getattr(keras.applications, name)(weights=None, input_shape=(side, side, 3), classes=10)
+    model = made(name, side)
     start = time.process_time()
     coupling = coppice.couple(coppice.capture(model, (1, side, side, 3)))
     plan = coppice.plan(coupling, coppice.score(model, coupling, "l1"), {"macs": 0.5 * coupling.cost().macs})
@@ -58,6 +58,20 @@ def checked(name: str, side: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def made(name: str, side: int) -> Any:
+    import keras
+
+    options = {"weights": None, "input_shape": (side, side, 3), "classes": 10}
+    if name == "NASNetMobile" and keras.backend.backend() == "torch":  # Keras withholds it there, but not what it is made by
+        from keras.src.applications.nasnet import NASNet
+
+        return NASNet(
+            penultimate_filters=1056, num_blocks=4, stem_block_filters=32, skip_reduction=False, filter_multiplier=2,
+            default_size=224, **options,
+        )  # fmt: skip
+    return getattr(keras.applications, name)(**options)
+
+
 def known() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
@@ -67,8 +81,9 @@ def table() -> str:
         "# Keras: every family of keras.applications at half of its MACs", "",
         "`bench/keras_coverage.py`: the smallest model of each family, random weights, no hints, global L1 on a grid of 8. Error: sliced",
         "against the oracle, op by op, the larger of its own and random weights. Seconds: CPU, from the model to the pruned model, without",
-        "verification.", "",
-        "| model | backend | axes | MACs | parameters | error | precision | training step | saved = loaded | seconds | pinned |",
+        "verification. The training step on JAX is compiled. Keras itself withholds NASNetMobile on PyTorch, for an open bug of its own;",
+        "there it is made by the function that makes it elsewhere.",
+        "", "| model | backend | axes | MACs | parameters | error | precision | training step | saved = loaded | seconds | pinned |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in known():
