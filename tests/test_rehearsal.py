@@ -6,10 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from coppice.candidates import CANDIDATES, LEAST, MOST, rehearsal_steps
 from coppice.checkpoint import load_facts
 from coppice.errors import CoppiceError
 from coppice.recipe import Recipe
-from coppice.rehearsal import CANDIDATES, LEAST, MOST, rehearsal_steps, rehearse
+from coppice.rehearsal import rehearse
 from coppice.train import choose, fine_tune
 from test_train import InterruptError, bits, digits, loaders, small_net, untimed  # noqa: F401  # digits is a fixture
 

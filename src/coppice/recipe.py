@@ -28,7 +28,7 @@ class Recipe:
 
     epochs: int = 3
     optimizer: str = (
-        AUTO  # "sgd" (Nesterov), "adamw", or "auto": what a rehearsal finds best (coppice.rehearsal); SGD where a rate is given
+        AUTO  # "sgd" (Nesterov), "adamw", or "auto": what a rehearsal finds best (coppice.candidates); SGD where a rate is given
     )
     lr: float | None = None  # the highest learning rate; None: by optimiser, in proportion to the batch size
     momentum: float = 0.9  # of SGD; AdamW's first beta

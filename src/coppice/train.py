@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from coppice.along import Along
 from coppice.augment import augment_batch, make_augmentation, make_mix, repeats
+from coppice.candidates import Rehearsed, rehearsal_steps
 from coppice.checkpoint import load_facts, load_state, save_checkpoint
 from coppice.data import ImageData, Loaders, batches, raw_batches, sample_batches
 from coppice.distillation import Features, prediction_loss
@@ -28,7 +29,7 @@ from coppice.evaluate import evaluate
 from coppice.forward import device_of, forward, norms_with_statistics, pick_precision, training_layout, training_mode, weights_in
 from coppice.planning import Plan
 from coppice.recipe import Recipe, augmentations
-from coppice.rehearsal import Rehearsed, rehearsal_steps, rehearse
+from coppice.rehearsal import rehearse
 from coppice.seeding import generator, seeded
 
 __all__ = ["EpochResult", "Recipe", "fine_tune", "pick_precision"]

@@ -5,7 +5,7 @@ Needs no PyTorch. The splits are those that `coppice.data` makes of the same dat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,32 +63,15 @@ class Images:
             )
         return found
 
-    def batches(self, size: int, order: Sequence[int] | None = None, augment: Augment | None = None) -> Iterator[tuple[Array, Array]]:
+    def batches(
+        self, size: int, order: Sequence[int] | None = None, augment: Callable[[Array], Array] | None = None
+    ) -> Iterator[tuple[Array, Array]]:
         """(float32 NHWC model inputs, labels)."""
         order = range(len(self)) if order is None else order
         for start in range(0, len(order), size):
             some = list(order[start : start + size])
             x = np.stack([self.pixels(k) for k in some])
             yield normalised(x if augment is None else augment(x), self.preprocess), self.labels[some]
-
-
-@dataclass
-class Augment:
-    """Shifted by up to an eighth of a side, and mirrored: what a trained network needs while it recovers."""
-
-    rng: np.random.Generator
-    shift: bool
-    mirror: bool
-
-    def __call__(self, images: Array) -> Array:
-        pads = [max(1, side // 8) if self.shift else 0 for side in images.shape[1:3]]
-        padded = np.pad(images, [(0, 0), *((p, p) for p in pads), (0, 0)])
-        out = np.empty_like(images)
-        for k in range(len(images)):
-            top, left = (int(self.rng.integers(0, 2 * p + 1)) for p in pads)
-            one = padded[k, top : top + images.shape[1], left : left + images.shape[2]]
-            out[k] = one[:, ::-1] if self.mirror and self.rng.random() < 0.5 else one
-        return out
 
 
 def normalised(images: Array, preprocess: Preprocess) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError
-from coppice.keras.data import Augment, Batches, Images
+from coppice.keras.data import Batches, Images
 from coppice.keras.heads import activation_of
 from coppice.metrics import Metrics, wilson_interval
 from coppice.seeding import generator
@@ -21,7 +21,9 @@ Part = Images | Batches
 BATCH = 32
 
 
-def batches_of(part: Part, size: int = BATCH, order: Array | None = None, augment: Augment | None = None) -> Iterator[tuple[Array, Array]]:
+def batches_of(
+    part: Part, size: int = BATCH, order: Array | None = None, augment: Callable[[Array], Array] | None = None
+) -> Iterator[tuple[Array, Array]]:
     """Model inputs and targets: an image set in batches of ``size``, a user's own batches (`tf.data`, a list) as they come."""
     if isinstance(part, Images):
         yield from part.batches(size, None if order is None else order.tolist(), augment)

@@ -30,13 +30,16 @@ from coppice.keras.capture import capture
 from coppice.keras.data import KerasData, load_images
 from coppice.keras.evaluate import BATCH, Part, batches_of, evaluate, sample
 from coppice.keras.files import load_keras
-from coppice.keras.train import check_recipe, fine_tune, reestimate
+from coppice.keras.regularise import regulariser
+from coppice.keras.rehearsal import choose
+from coppice.keras.train import Epoch, check_recipe, fine_tune, fitting, reestimate, steps_per_epoch
 from coppice.keras.verify import verify
 from coppice.keras.walk import function_of, require_plain
 from coppice.pictures import check_renderer
 from coppice.planning import Plan, compose, kept_widths
+from coppice.planning import make_plan as plan_that_keeps
 from coppice.progress import Progress, Silent
-from coppice.recipe import AUTO
+from coppice.recipe import Recipe, described
 from coppice.report import AxisWidth, render_report
 from coppice.result import Result
 from coppice.run import (
@@ -96,6 +99,7 @@ class Step:
     training: Sequence[Mapping[str, Any]] = field(default=())
     optimizer: str = ""
     taken: bool = True  # False: training made it worse, and this is what was there before
+    regularised: Mapping[str, Any] | None = None  # the kind, its strength, and how far it came
 
     @property
     def top1(self) -> float:
@@ -195,8 +199,8 @@ def check_settings(config: RunConfig) -> None:
         raise CoppiceError("--criterion obs and auto, and --allocation measured, work on PyTorch models only: leave them out")
     if config.repair:
         raise CoppiceError("--repair works on PyTorch models only: leave it out")
-    if config.masks or config.depth or config.regularise or config.int8 or config.cut_after:
-        raise CoppiceError("--sparsity, --nm, --depth, --regularise, --int8 and --cut-after work on PyTorch models only: leave them out")
+    if config.masks or config.depth or config.int8 or config.cut_after:
+        raise CoppiceError("--sparsity, --nm, --depth, --int8 and --cut-after work on PyTorch models only: leave them out")
     check_recipe(config.recipe)
 
 
@@ -235,23 +239,33 @@ def _stage(bench: Bench, name: str, compute: Callable[[], Step]) -> Step:
 
 
 def _towards_target(bench: Bench, history: list[Step]) -> Step:
-    config, now = bench.config, history[0]
-    budgets, epochs = config.target.resolve(bench.cost), config.recipe.epochs
-    between = epochs // (config.steps + 1)
+    """Regularise if asked to, cut and fine-tune to the target, then fine-tune again for as long as the floor is not held and it helps."""
+    config, dense = bench.config, history[0]
+    budgets, epochs, now = config.target.resolve(bench.cost), config.recipe.epochs, dense
+    if config.regularise:
+        before = -(-epochs // 2)  # as many epochs in all as without it
+        now = _noted(bench, history, _regularised(bench, "regularised", dense, before, budgets))
+        epochs -= before
+    between, enough = epochs // (config.steps + 1), _enough(bench, dense)
     for step in range(1, config.steps + 1):
         now = _noted(bench, history, _cut(bench, f"cut {step}", now, interpolate(budgets, bench.cost, step / config.steps)))
         last = step == config.steps
-        now = _noted(
-            bench, history, _tune(bench, f"tuned {step}", now, history[0], epochs - between * (config.steps - 1) if last else between)
-        )
+        spent = epochs - between * (config.steps - 1) if last else between
+        now = _noted(bench, history, _tune(bench, f"tuned {step}", now, spent, enough=enough if last else math.inf))
     for again in range(2, config.rounds + 1):
-        if _holds_floor(bench, history[0], now) or epochs == 0:
+        if _holds_floor(bench, dense, now) or epochs == 0:
             break
-        longer = _noted(bench, history, _tune(bench, f"tuned, round {again}", now, history[0], epochs, _LATER ** (again - 1)))
+        longer = _noted(bench, history, _tune(bench, f"tuned, round {again}", now, epochs, _LATER ** (again - 1), enough))
         if longer.top1 <= now.top1:
             break
         now = longer
     return now
+
+
+def _enough(bench: Bench, dense: Step) -> float:
+    """The top-1 on validation with which fine-tuning may end early."""
+    config = bench.config
+    return dense.top1 - config.max_drop - _SLACK if config.stop_early and config.max_drop is not None else math.inf
 
 
 def _noted(bench: Bench, history: list[Step], step: Step) -> Step:
@@ -280,46 +294,99 @@ def _cut(bench: Bench, name: str, before: Step, budgets: Mapping[str, float]) ->
         checks = [*before.checks, *(f"{name}: {line}" for line in proof.checked)]
         state = _store(bench, name, pruned)
         val = _validate(bench, pruned, name)
-        return Step(name, whole.to_json(), state, cost.to_dict(), val, checks=checks, max_error=max(before.max_error, proof.max_error))
+        worst, kind = max(before.max_error, proof.max_error), before.regularised
+        return Step(name, whole.to_json(), state, cost.to_dict(), val, checks=checks, max_error=worst, regularised=kind)
 
     return _stage(bench, name, work)
 
 
-def _tune(bench: Bench, name: str, before: Step, dense: Step, epochs: int, rate: float = 1.0) -> Step:
+def _tune(bench: Bench, name: str, before: Step, epochs: int, rate: float = 1.0, enough: float = math.inf) -> Step:
     """Fine-tune for some epochs by the recipe; what training makes worse on validation is not taken."""
     if epochs == 0:
         return before
 
     def work() -> Step:
-        config, model = bench.config, _materialise(bench, before)
-        recipe = replace(config.recipe, optimizer="sgd") if config.recipe.optimizer == AUTO else config.recipe
-        recipe = replace(recipe, epochs=epochs, lr=recipe.peak_lr() * rate)
-        bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
-        epochs_said: list[Json] = []
-        began = time.perf_counter()
-
-        def told(epoch: int, loss: float) -> bool:
-            val = _validate(bench, model, name)
-            top1, seconds = val["top1"], time.perf_counter() - began
-            epochs_said.append(
-                {"epoch": epoch, "train_loss": loss, "val_top1": top1, "val_loss": val["loss"], "lr": recipe.lr, "seconds": seconds}
-            )
-            bench.progress.say(f"  epoch {epoch} of {epochs}: loss {loss:.3f}, validation top-1 {top1:.2f} %")
-            return config.stop_early and config.max_drop is not None and top1 >= dense.top1 - config.max_drop
-
-        teacher = build(bench.dense, None, weights_in(bench.dense)) if recipe.distill else None
-        with bench.progress.bar(f"{name}: fine-tuning") as advance:
-            fine_tune(
-                model, bench.data.train, recipe, mirror=bench.data.mirror, teacher=teacher, seed=config.seed, told=told, progress=advance
-            )
-        if not recipe.freeze_norm:
-            reestimate(model, (x for x, _ in sample(bench.data.train, config.calibration, config.seed, BATCH)))
+        model = _materialise(bench, before)
+        recipe, epochs_said = _trained(bench, name, model, before, epochs, rate, enough)
         val = _validate(bench, model, name)
-        trained: Json = {"epochs": epochs, "training": epochs_said, "optimizer": recipe.optimizer}
+        done: Json = {"epochs": epochs, "training": epochs_said, "optimizer": described(recipe)}
         if float(val["top1"]) < before.top1:
             bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
-            return replace(before, stage=name, **trained, taken=False)
-        return replace(before, stage=name, state=_store(bench, name, model), val=val, **trained, taken=True)
+            return replace(before, stage=name, **done, taken=False)
+        return replace(before, stage=name, state=_store(bench, name, model), val=val, **done, taken=True)
+
+    return _stage(bench, name, work)
+
+
+def _trained(
+    bench: Bench, name: str, model: Any, before: Step, epochs: int, rate: float = 1.0, enough: float = math.inf, along: Any = None
+) -> tuple[Recipe, list[Json]]:
+    """Train ``model``, which is ``before``'s, in place by the run's recipe; a stage that was stopped goes on at the epoch it was in."""
+    config = bench.config
+    recipe = _settled(bench, before, epochs, rate)
+    bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
+
+    def judge() -> tuple[float, float]:
+        val = _validate(bench, model, name)
+        return float(val["top1"]), float(val["loss"])
+
+    def told(epoch: Epoch) -> None:
+        line = f"  epoch {epoch.epoch} of {epochs}: loss {epoch.train_loss:.3f}, validation top-1 {epoch.val_top1:.2f} %"
+        bench.progress.say(f"{line}, {along.said()}" if along is not None else line)
+
+    checkpoint = bench.run.state_path(f"{name}.checkpoint").with_suffix(".npz")
+    with bench.progress.bar(f"{name}: fine-tuning") as advance:
+        history = fine_tune(
+            model, bench.data.train, recipe, mirror=bench.data.mirror, judge=judge, teacher=_teacher(bench, recipe), seed=config.seed,
+            along=along, checkpoint=checkpoint, on_epoch=told, enough=lambda epoch: epoch.val_top1 >= enough, progress=advance,
+        )  # fmt: skip
+    if not recipe.freeze_norm:
+        reestimate(model, (x for x, _ in sample(bench.data.train, config.calibration, config.seed, BATCH)))
+    return recipe, [asdict(epoch) for epoch in history]
+
+
+def _teacher(bench: Bench, recipe: Recipe) -> Any:
+    return build(bench.dense, None, weights_in(bench.dense)) if recipe.distill else None
+
+
+def _settled(bench: Bench, before: Step, epochs: int, rate: float) -> Recipe:
+    """The run's recipe with its optimiser; an open one is rehearsed once a run, on the first model that is to be trained."""
+    config = bench.config
+    recipe = replace(config.recipe, epochs=epochs)
+
+    def work() -> Json:
+        bench.progress.say("choosing an optimiser")
+        tried = choose(
+            lambda: _materialise(bench, before), bench.data.train, bench.data.val, recipe, mirror=bench.data.mirror,
+            teacher=_teacher(bench, recipe), seed=config.seed,
+        )  # fmt: skip
+        for rehearsed in tried:
+            bench.progress.say(f"  {described(rehearsed.recipe)}: validation loss {rehearsed.loss:.3f}")
+        first = tried[0].recipe
+        return {"optimizer": first.optimizer, "lr": first.lr, "freeze_norm": first.freeze_norm}
+
+    if recipe.open:
+        recipe = replace(recipe, **bench.run.stage("optimiser", work))
+    return replace(recipe, lr=recipe.peak_lr() * rate)
+
+
+def _regularised(bench: Bench, name: str, before: Step, epochs: int, budgets: Mapping[str, float]) -> Step:
+    """The dense model after ``epochs`` with the run's regularisation; nothing is removed yet: what is near zero is for the cut to find."""
+
+    def work() -> Step:
+        config, model = bench.config, _materialise(bench, before)
+        fitted = fitting(bench.data.train, config.recipe)
+        reg = regulariser(
+            model, bench.coupling, config.regularise, steps=epochs * steps_per_epoch(bench.data.train, fitted), target=budgets,
+            strength=config.strength, round_to=config.round_to, min_width=config.min_width,
+        )  # fmt: skip
+        bench.progress.say(f"{name}: {reg.kind} of strength {reg.strength:.3g}")
+        recipe, epochs_said = _trained(bench, name, model, before, epochs, along=reg)
+        bench.progress.say(f"{name}: {reg.said()}")
+        facts = {"kind": reg.kind, "strength": reg.strength, "said": reg.said()}
+        done: Json = {"epochs": epochs, "training": epochs_said, "optimizer": described(recipe), "regularised": facts}
+        plan = plan_that_keeps(bench.coupling, {}).to_json()
+        return replace(before, stage=name, plan=plan, state=_store(bench, name, model), val=_validate(bench, model, name), **done)
 
     return _stage(bench, name, work)
 
@@ -382,7 +449,8 @@ def _finish(bench: Bench, history: Sequence[Step], reached: Step) -> None:
         "dense": {**dense_test, **history[0].cost, "val": dict(history[0].val)},
         "pruned": {**pruned_test, **reached.cost, "val": dict(reached.val)},
         "target": {**bench.config.target.to_dict(), "max_drop": bench.config.max_drop},
-        **dict.fromkeys(("latency", "masks", "regularised", "int8", "modules")),  # what only PyTorch models are asked for
+        **dict.fromkeys(("latency", "masks", "int8", "modules")),  # what only PyTorch models are asked for
+        "regularised": reached.regularised,
         "drop": {"val": history[0].top1 - reached.top1, "test": dense_test["top1"] - pruned_test["top1"]},
         "met": met,
         "verified": True,  # what fails a check raises, and nothing is saved

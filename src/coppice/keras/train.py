@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -10,14 +16,18 @@ import numpy as np
 from keras import ops
 
 from coppice.errors import CoppiceError
-from coppice.keras.data import Augment, Images
+from coppice.keras.augment import AUGMENTATIONS, make_augmentation
+from coppice.keras.callbacks import Epochwise, Judge, Rates, Steps
+from coppice.keras.checkpoint import load_checkpoint, save_checkpoint
+from coppice.keras.data import Images
 from coppice.keras.evaluate import Part, batches_of
 from coppice.keras.heads import activation_of, loss_of
+from coppice.keras.regularise import Regulariser
 from coppice.recipe import Recipe, augmentations
-from coppice.seeding import derive_seed, generator
+from coppice.seeding import generator
 
 MOMENTUM = 0.9  # of BatchNormalization while fine-tuning: with Keras's usual 0.99 its statistics would lag behind for hundreds of steps
-Told = Callable[[int, float], bool]  # (epoch from 1, its loss) -> whether to stop
+Judgement = Callable[[], tuple[float, float]]  # top-1 and loss of the model as it is now
 UNSUPPORTED = {"features": 0.0, "ema": 0.0, "label_smoothing": 0.0}
 
 
@@ -26,8 +36,10 @@ def check_recipe(recipe: Recipe) -> None:
     for name, without in UNSUPPORTED.items():
         if getattr(recipe, name) != without:
             raise CoppiceError(f"--{name.replace('_', '-')} works on PyTorch models only: leave it out for a Keras model")
-    if not set(augmentations(recipe.augment)) <= {"crop", "flip"}:
-        raise CoppiceError(f"--augment {recipe.augment} works on PyTorch models only: give light, crop, flip or none")
+    if unknown := [step for step in augmentations(recipe.augment) if step not in AUGMENTATIONS]:
+        raise CoppiceError(
+            f"--augment {unknown[0]} works on PyTorch models only: give standard, light, or some of {'+'.join(AUGMENTATIONS)}"
+        )
     if recipe.precision == "bf16":
         raise CoppiceError("--precision bf16 works on PyTorch models only: give the Keras model a dtype policy of mixed_bfloat16")
 
@@ -42,8 +54,6 @@ class Pupil(keras.Model):  # type: ignore[misc]
         self._recipe = recipe
         self._loss = loss_of(student)
         self._ends = activation_of(student)
-        if teacher is not None:
-            teacher.trainable = False
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         return self.student(inputs, training=training)
@@ -64,27 +74,21 @@ class Pupil(keras.Model):  # type: ignore[misc]
 
 
 class Epochs(keras.utils.PyDataset):  # type: ignore[misc]
-    """Shuffled, augmented batches; what epoch ``epoch`` gives depends on the seed and its number alone."""
+    """Shuffled, augmented batches; what epoch ``epoch`` (from 0) gives depends on the seed and its number alone."""
 
-    def __init__(self, images: Images, recipe: Recipe, seed: int, mirror: bool) -> None:
+    def __init__(self, images: Images, recipe: Recipe, seed: int, mirror: bool, epoch: int = 0) -> None:
         super().__init__()
-        self.images, self.recipe, self.seed, self.mirror = images, recipe, seed, mirror
-        self.epoch = 0
+        self.images, self.recipe, self.seed, self.epoch = images, recipe, seed, epoch
+        self.augment = make_augmentation(recipe.augment, images.shape, pad=recipe.crop_pad, mirror=mirror)
 
     def __len__(self) -> int:
-        return max(1, len(self.images) // self.recipe.batch_size)  # whole batches: compiled once
+        return steps_per_epoch(self.images, self.recipe)
 
     def __getitem__(self, step: int) -> Any:
         order = generator(self.seed, "order", self.epoch).permutation(len(self.images))
         some = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
-        asked = augmentations(self.recipe.augment)
-        augment = None
-        if asked:
-            augment = Augment(generator(self.seed, "augment", self.epoch, step), "crop" in asked, self.mirror and "flip" in asked)
-        return next(batches_of(self.images, len(some), some, augment))
-
-    def on_epoch_end(self) -> None:
-        self.epoch += 1
+        draw = generator(self.seed, "augment", self.epoch, step)
+        return next(batches_of(self.images, len(some), some, None if self.augment is None else partial(self.augment, draw)))
 
 
 class Listed(keras.utils.PyDataset):  # type: ignore[misc]
@@ -101,31 +105,26 @@ class Listed(keras.utils.PyDataset):  # type: ignore[misc]
         return self.batches[step]
 
 
-class Schedule(keras.callbacks.Callback):  # type: ignore[misc]
-    """The recipe's learning rate, step by step."""
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch gave."""
 
-    def __init__(self, recipe: Recipe, steps: int, progress: Callable[[int, int | None], None]) -> None:
-        super().__init__()
-        self.recipe, self.total, self.at, self.progress = recipe, steps * recipe.epochs, 0, progress
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        self.model.optimizer.learning_rate = self.recipe.lr_at(self.at, max(self.total, self.at + 1))
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.at += 1
-        self.progress(self.at, self.total)
+    epoch: int  # from 1
+    train_loss: float
+    val_top1: float  # percent
+    val_loss: float
+    lr: float  # of its last step
+    seconds: float
 
 
-class Judge(keras.callbacks.Callback):  # type: ignore[misc]
-    """Reports every epoch, and ends the training when that is enough."""
+def steps_per_epoch(part: Part, recipe: Recipe) -> int:
+    """Of an image set whole batches, which are compiled once."""
+    return max(1, len(part) // recipe.batch_size) if isinstance(part, Images) else sum(1 for _ in part)
 
-    def __init__(self, told: Told) -> None:
-        super().__init__()
-        self.told = told
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.told(epoch + 1, float((logs or {}).get("loss", float("nan")))):
-            self.model.stop_training = True
+def fitting(part: Part, recipe: Recipe) -> Recipe:
+    """The recipe with a batch no larger than the data; a user's own batches are as large as they are."""
+    return replace(recipe, batch_size=max(2, min(recipe.batch_size, len(part)))) if isinstance(part, Images) else recipe
 
 
 def fine_tune(
@@ -134,36 +133,89 @@ def fine_tune(
     recipe: Recipe,
     *,
     mirror: bool,
+    judge: Judgement,
     teacher: Any = None,
     seed: int = 0,
-    told: Told = lambda epoch, loss: False,
+    along: Regulariser | None = None,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    enough: Callable[[Epoch], bool] = lambda epoch: False,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
-) -> None:
-    """Train ``model`` in place for ``recipe.epochs``. ``told`` hears of every epoch, and may end it."""
-    keras.utils.set_random_seed(derive_seed(seed, "fine-tuning") % 2**31)
-    was = teacher.trainable if teacher is not None else True
+) -> list[Epoch]:
+    """Train ``model`` in place for ``recipe.epochs``, judging each (top-1 and loss on validation images); an ``enough`` one is the last.
+
+    ``checkpoint``: written after every epoch (before ``on_epoch``); if it exists, the epochs that it holds are not repeated. ``along`` was
+    made for ``model`` as it is now. CoppiceError if the training diverges, or the checkpoint is of another run.
+    """
+    recipe = fitting(part, recipe)
+    steps = steps_per_epoch(part, recipe)
+    with _in_training(model, teacher, recipe):
+        pupil = Pupil(model, teacher, recipe)
+        rates = Rates(recipe, steps)
+        pupil.compile(optimizer=_optimizer(recipe, rates), loss=None)
+        pupil.optimizer.build(pupil.trainable_variables)
+        belongs = {"recipe": asdict(recipe), "seed": seed, "steps": steps}
+        history = [] if checkpoint is None else _resumed(checkpoint, model, pupil.optimizer, belongs)
+        if len(history) == recipe.epochs or (history and enough(history[-1])):
+            return history
+        began = time.perf_counter()
+
+        def told(epoch: int, loss: float) -> bool:
+            nonlocal began
+            top1, val_loss = judge()
+            now = time.perf_counter()
+            history.append(Epoch(epoch, loss, top1, val_loss, rates.at(epoch * steps - 1), now - began))
+            began = now
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, model, pupil.optimizer, belongs | {"history": [asdict(entry) for entry in history]})
+            on_epoch(history[-1])
+            return enough(history[-1])
+
+        data = _data(part, recipe, seed, mirror, len(history))
+        done = len(history) * steps
+        callbacks = [Epochwise(model, data, seed), Steps(done, steps * recipe.epochs, progress), keras.callbacks.TerminateOnNaN()]
+        if along is not None:
+            along.done = done
+            callbacks.append(along)
+        epochs = {"initial_epoch": len(history), "epochs": recipe.epochs}
+        pupil.fit(data, verbose=0, shuffle=False, callbacks=[*callbacks, Judge(told)], **epochs)
+    if not all(np.isfinite(ops.convert_to_numpy(w.value)).all() for w in model.weights if "float" in str(w.dtype)):
+        raise CoppiceError("fine-tuning diverged: the weights are not finite; lower --lr")
+    return history
+
+
+def _data(part: Part, recipe: Recipe, seed: int, mirror: bool, epoch: int) -> Any:
+    if isinstance(part, Images):
+        return Epochs(part, recipe, seed, mirror, epoch)
+    return Listed(part) if isinstance(part, (list, tuple)) else part  # `fit` takes a list for several inputs
+
+
+@contextmanager
+def _in_training(model: Any, teacher: Any, recipe: Recipe) -> Iterator[None]:
+    """The teacher keeps its weights, BatchNormalization its statistics if it is to, or follows them faster."""
+    taught = teacher.trainable if teacher is not None else True
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
     momenta = [layer.momentum for layer in norms]
-    pupil = Pupil(model, teacher, recipe)
     try:
+        if teacher is not None:
+            teacher.trainable = False
         for layer in norms:
             layer.trainable, layer.momentum = not recipe.freeze_norm, min(layer.momentum, MOMENTUM)
-        pupil.compile(optimizer=_optimizer(recipe), loss=None)
-        if isinstance(part, Images):
-            data: Any = Epochs(part, recipe, seed, mirror)
-            steps = len(data)
-        else:
-            data = Listed(part) if isinstance(part, (list, tuple)) else part  # `fit` takes a list for several inputs
-            steps = sum(1 for _ in part)
-        callbacks = [Schedule(recipe, steps, progress), Judge(told), keras.callbacks.TerminateOnNaN()]
-        pupil.fit(data, epochs=recipe.epochs, verbose=0, shuffle=False, callbacks=callbacks)
+        yield
     finally:
         for layer, momentum in zip(norms, momenta, strict=True):
             layer.trainable, layer.momentum = True, momentum
         if teacher is not None:
-            teacher.trainable = was
-    if not all(np.isfinite(keras.ops.convert_to_numpy(w.value)).all() for w in model.weights if "float" in str(w.dtype)):
-        raise CoppiceError("fine-tuning diverged: the weights are not finite; lower --lr")
+            teacher.trainable = taught
+
+
+def _resumed(checkpoint: Path, model: Any, optimizer: Any, belongs: Mapping[str, Any]) -> list[Epoch]:
+    if not checkpoint.exists():
+        return []
+    facts = load_checkpoint(checkpoint, model, optimizer)
+    if {name: facts.get(name) for name in belongs} != json.loads(json.dumps(belongs)):
+        raise CoppiceError(f"{checkpoint} was written with another recipe, seed or data: delete it to start again")
+    return [Epoch(**entry) for entry in facts["history"]]
 
 
 def reestimate(model: Any, batches: Iterable[Any]) -> None:
@@ -189,9 +241,9 @@ def reestimate(model: Any, batches: Iterable[Any]) -> None:
             layer.momentum = momentum
 
 
-def _optimizer(recipe: Recipe) -> Any:
+def _optimizer(recipe: Recipe, rates: Any) -> Any:
     options: dict[str, Any] = {
-        "learning_rate": recipe.peak_lr(),
+        "learning_rate": rates,
         "weight_decay": recipe.weight_decay or None,
         "global_clipnorm": recipe.grad_clip,
     }
