@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coppice.graph import Kind, Op, Value
+from coppice.refit import only_use
 from coppice.torch.aten import Ref, base_name
 from coppice.torch.program import Program
 
@@ -137,14 +138,6 @@ def find_layers(program: Program) -> list[Layer]:
             norm = _norm(program.ops[use], program.values) if use is not None and program.ops[use].rule == "batch_norm" else None
             found.append(replace(layer, norm=norm))
     return found
-
-
-def only_use(program: Program, value: int, after: int) -> int | None:
-    """The one op after op ``after`` that reads ``value``; None where there are several or it is an output of the model."""
-    uses = [k for k in range(after + 1, len(program.ops)) if value in program.ops[k].inputs or value in program.ops[k].others]
-    if not uses or value in program.outputs or (len(uses) > 1 and value not in program.ops[uses[0]].outputs):
-        return None
-    return uses[0]  # of an op in place, what reads its operand later reads its result
 
 
 def _norm(op: Op, values: Sequence[Value]) -> Norm | None:

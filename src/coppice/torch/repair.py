@@ -1,17 +1,8 @@
-"""Repair without labels: refit every layer of the pruned model so that it gives what the dense model's layer gave, first to last.
-
-Ridge least squares on calibration images: the inputs are those of the *pruned* model, repaired so far, so that each layer also mends what
-its predecessors got wrong; the goal is the dense model's result at the indices that stay. Where the result goes (through BatchNorm) into a
-sum with a shortcut, the goal is the dense *sum* less the pruned shortcut: the residual stream's error is corrected, not passed on.
-Reconstruction by least squares: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017; layers one after the
-other on the compressed inputs: Frantar and Alistarh, Optimal Brain Compression, NeurIPS 2022.
-"""
+"""Repair of a pruned PyTorch model: its layers as `coppice.refit` needs them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 import numpy as np
@@ -22,60 +13,16 @@ from coppice.coupling import Coupling, Mask, keep_mask
 from coppice.errors import CoppiceError
 from coppice.graph import Op
 from coppice.planning import Plan, masks_by_atom
-from coppice.torch.apply import masks_of, sliced
+from coppice.refit import Array, Refit, Refitting
+from coppice.stepwise import of_one_shape
+from coppice.torch.apply import masks_of
 from coppice.torch.aten import base_name
-from coppice.torch.layers import Layer, Norm, find_layers, only_use
+from coppice.torch.layers import Layer, find_layers
 from coppice.torch.lockstep import COPIES
-from coppice.torch.program import Program, coupled_on, is_held_out, of_one_shape
+from coppice.torch.program import Program, coupled_on
 from coppice.torch.trees import named_tensors
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # tried on held-out images, relative to the mean of the Gram matrix's diagonal
-SAMPLES_A_FEATURE = 24  # rows of the least-squares problem for each of its unknowns, where there are that many
-LARGEST = 6144  # features of a layer whose normal equations are worth solving
-
-
-@dataclass(frozen=True, slots=True)
-class Refit:
-    """What was done to one layer: held-out squared error relative to the response's variance, before and after (equal: left as it was)."""
-
-    weight: str
-    before: float
-    after: float
-
-
-@dataclass(slots=True)
-class _Sums:
-    """Running sums of a least-squares problem: n, sums, and second moments of features ``x`` and residuals ``d``, by group."""
-
-    n: int
-    x: Tensor
-    d: Tensor
-    xx: Tensor
-    xd: Tensor
-    dd: Tensor
-    yy: Tensor
-
-    @classmethod
-    def empty(cls, groups: int, features: int, outputs: int) -> _Sums:
-        shapes = ((features,), (outputs,), (features, features), (features, outputs), (outputs,), (outputs,))
-        return cls(0, *(torch.zeros(groups, *shape, dtype=torch.float64) for shape in shapes))
-
-    def add(self, x: Tensor, d: Tensor, y: Tensor) -> None:
-        self.n += x.shape[1]
-        self.x += x.sum(1, dtype=torch.float64)
-        self.d += d.sum(1, dtype=torch.float64)
-        self.xx += x.transpose(1, 2) @ x  # products in the model's precision, sums over batches in double
-        self.xd += x.transpose(1, 2) @ d
-        self.dd += d.square().sum(1, dtype=torch.float64)
-        self.yy += (y - y.mean(1, keepdim=True)).square().sum(1, dtype=torch.float64)
-
-    def moments(self, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Second moments xx, xd, dd a sample, about the means where ``centred``."""
-        xx, xd, dd = self.xx / self.n, self.xd / self.n, self.dd / self.n
-        if centred:
-            x, d = self.x / self.n, self.d / self.n
-            xx, xd, dd = xx - x[:, :, None] * x[:, None], xd - x[:, :, None] * d[:, None], dd - d.square()
-        return xx, xd, dd
+__all__ = ["Refit", "repair"]
 
 
 def repair(dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, batches: Iterable[Tensor], seed: int = 0) -> list[Refit]:
@@ -85,142 +32,79 @@ def repair(dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, 
     read twice, is left as it is. CoppiceError where there are no batches, or the two models don't run the same ops.
     """
     same = of_one_shape(batches)
-    return _Repair(dense, pruned, coupling, plan, same, seed).run()
+    left, right = _Model(dense, same), _Model(pruned, same)
+    if plan.removed is None and plan.then is None:
+        here = coupled_on(dense, coupling, same[0])
+        keep = masks_by_atom(here, plan)
+        masks = {layer.index: [keep_mask(axis, keep) for axis in here.dims[layer.output]] for layer in left.layers}
+        twin = _twins(left.program.ops, right.program.ops)
+    else:
+        changed = masks_of(dense, plan)
+        shapes = {layer.index: left.program.values[layer.output].shape for layer in left.layers}
+        masks = {layer.index: _of_results(layer.layer, changed.get(layer.weight), shapes[layer.index]) for layer in left.layers}
+        twin = _likely_twins(left.program.ops, right.program.ops)
+    small = {layer.weight: layer for layer in right.layers if plan.stays(layer.weight)}
+    return Refitting(left, right, small, twin, masks, np.random.default_rng(seed)).run()
 
 
-class _Repair:
-    def __init__(self, dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, batches: Sequence[Tensor], seed: int) -> None:
-        self.dense, self.pruned = Program(dense, batches), Program(pruned, batches)
-        self.layers = find_layers(self.dense)
-        self.sliced = {layer.weight: layer for layer in find_layers(self.pruned) if plan.stays(layer.weight)}
-        if plan.removed is None and plan.then is None:
-            coupling = coupled_on(dense, coupling, batches[0])
-            keep = masks_by_atom(coupling, plan)
-            kept = {layer: [keep_mask(axis, keep) for axis in coupling.dims[layer.output]] for layer in self.layers}
-            self.twin = _twins(self.dense.ops, self.pruned.ops)
-        else:
-            changed = masks_of(dense, plan)
-            kept = {layer: _of_results(layer, changed.get(layer.weight), self.dense.values[layer.output].shape) for layer in self.layers}
-            self.twin = _likely_twins(self.dense.ops, self.pruned.ops)
-        self.masks = kept
-        self.tensors = named_tensors(pruned)
-        self.generator = torch.Generator().manual_seed(seed)
+class _Model:
+    """`coppice.refit.Model` of a module."""
 
-    def run(self) -> list[Refit]:
-        done = []
-        for layer in self.layers:
-            small = self.sliced.get(layer.weight)
-            if small is not None and self._matches(layer, small) and math.prod(self.tensors[small.weight].shape[1:]) <= LARGEST:
-                done.append(self._refit(layer, small))
-        return done
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.program = Program(model, batches)
+        tensors = named_tensors(model)
+        self.layers = [_Linear(layer, tensors) for layer in find_layers(self.program)]
 
-    def _matches(self, layer: Layer, small: Layer) -> bool:
-        """Whether the pruned layer gives what the dense one's kept results are: one whose stride grew does not."""
-        shape = tuple(int(mask.sum()) for mask in self.masks[layer])
-        return self.twin.get(layer.index) == small.index and shape == self.pruned.values[small.output].shape
+    def array(self, value: int, batch: int) -> Array:
+        return self.program.value(value, batch).detach().numpy()  # type: ignore[no-any-return]
 
-    def _refit(self, layer: Layer, small: Layer) -> Refit:
-        others = {other.index for other in self.layers}
-        goal = _Goal.find(layer, self.dense, self.pruned, self.twin, others, self.masks[layer])
-        self.dense.advance(goal.ready)
-        self.pruned.advance(small.index, self.dense.active)
-        fit, judge = self._sums(layer, small, goal)
-        weight = self.tensors[small.weight]
-        centred = small.can_shift
-        step, before, after = _solve(fit, judge, centred)
-        if step is not None:
-            with torch.no_grad():
-                matrix = small.matrix(weight.detach()).double() + step.transpose(1, 2)
-                weight.copy_(small.weight_from(matrix, weight).to(weight.dtype))
-                if centred:
-                    shift = ((fit.d - (fit.x[:, None] @ step)[:, 0]) / fit.n).flatten()
-                    for name, value in small.shifted(self.tensors, shift).items():
-                        self.tensors[name].copy_(value)
-        return Refit(layer.weight, before, after)
-
-    def _sums(self, layer: Layer, small: Layer, goal: _Goal) -> tuple[_Sums, _Sums]:
-        bias = None if small.bias is None else self.tensors[small.bias].detach()
-        matrix = small.matrix(self.tensors[small.weight].detach())
-        groups, outputs, features = matrix.shape
-        sums = _Sums.empty(groups, features, outputs), _Sums.empty(groups, features, outputs)
-        rows, count = SAMPLES_A_FEATURE * features, self.dense.active
-        for k in range(count):
-            x = self.pruned.value(small.input, k)
-            goal_y = goal.of(self, k)
-            positions = small.positions(goal_y.shape)
-            samples = x.shape[0] if small.kernel else 1
-            take = min(positions, max(1, -(-rows // (samples * count))))
-            at = torch.randperm(positions, generator=self.generator)[:take]
-            f = small.features(x, at, goal_y.shape[2:])
-            y = small.responses(goal_y, at)
-            now = f @ matrix.transpose(1, 2)
-            if bias is not None:
-                now = now + bias.view(groups, 1, outputs)
-            sums[is_held_out(k)].add(f, y - now, y)
-        return sums
+    def adds(self, op: Op) -> bool:
+        return base_name(op.call.func) == "add" and op.call.kwargs.get("alpha", 1) == 1 and len(op.call.args) <= 2
 
 
-def _solve(fit: _Sums, judge: _Sums, centred: bool) -> tuple[Tensor | None, float, float]:
-    """The change of the weight (groups, features, outputs) that helps most on held-out images; None where none does."""
-    judge = judge if judge.n else fit
-    xx, xd, _ = fit.moments(centred)
-    test_xx, test_xd, test_dd = judge.moments(centred)
-    scale = float((judge.yy / judge.n).sum()) or 1.0
-    unchanged = float(judge.dd.sum() / judge.n)  # not centred: a shift is part of the error that a refit mends
-    best, chosen = unchanged, None
-    mean = xx.diagonal(dim1=1, dim2=2).mean(1)
-    eye = torch.eye(xx.shape[1], dtype=xx.dtype)
-    for ridge in RIDGES:
-        step = torch.linalg.solve(xx + (ridge * mean + 1e-12)[:, None, None] * eye, xd)
-        error = float((test_dd - 2 * (step * test_xd).sum(1) + (step * (test_xx @ step)).sum(1)).sum())
-        if error < best:
-            best, chosen = error, step
-    return chosen, unchanged / scale, best / scale
+class _Linear:
+    """`coppice.refit.Linear` of a :class:`Layer`."""
 
+    channels = 1
 
-@dataclass(frozen=True, slots=True)
-class _Goal:
-    """What a layer should give: the dense value ``value`` (known once op ``ready`` - 1 ran), undone back to the layer's own result.
+    def __init__(self, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
+        self.layer, self._tensors = layer, tensors
+        self.index, self.weight, self.input, self.output = layer.index, layer.weight, layer.input, layer.output
+        self.normed = None if layer.norm is None else layer.norm.output
 
-    With ``other``, the pruned model's value that ``value`` is a sum with; ``norm`` is the BatchNorm right after the layer.
-    """
+    @property
+    def can_shift(self) -> bool:
+        return self.layer.can_shift
 
-    value: int
-    ready: int
-    norm: Norm | None
-    other: int | None
-    masks: list[Mask]  # which indices of each dim of ``value`` stay
+    def matrix(self) -> Array:
+        return self.layer.matrix(self._tensors[self.weight].detach()).numpy()
 
-    @classmethod
-    def find(cls, layer: Layer, dense: Program, pruned: Program, twin: Mapping[int, int], layers: set[int], masks: list[Mask]) -> _Goal:
-        """Follow the layer's result through BatchNorm into a sum, as long as nothing else reads it on the way."""
-        plain = cls(layer.output, layer.index + 1, layer.norm, None, masks)
-        value = layer.output if layer.norm is None else layer.norm.output
-        use = only_use(dense, value, layer.index)
-        if use is None or use not in twin or base_name(dense.ops[use].call.func) != "add" or any(layer.index < j <= use for j in layers):
-            return plain
-        op, small = dense.ops[use], pruned.ops[twin[use]]
-        others = [k for k, v in enumerate(op.inputs) if v != value]
-        if len(op.inputs) != 2 or len(others) != 1 or op.call.kwargs.get("alpha", 1) != 1 or len(op.call.args) > 2:
-            return plain
-        other = small.inputs[others[0]]
-        shapes = {dense.values[v].shape for v in (*op.inputs, op.outputs[0]) if v is not None}
-        known_before = other is not None and not any(other in o.outputs for o in pruned.ops[twin[layer.index] :])
-        return cls(op.outputs[0], use + 1, layer.norm, other, masks) if known_before and len(shapes) == 1 else plain
+    def bias(self) -> Array | None:
+        return None if self.layer.bias is None else self._tensors[self.layer.bias].detach().numpy()
 
-    def of(self, work: _Repair, batch: int) -> Tensor:
-        """The goal for one batch, of the shape of the pruned layer's result."""
-        tensor = sliced(work.dense.value(self.value, batch), self.masks)
-        if self.other is None:
-            return tensor
-        return self._before_norm(tensor - work.pruned.value(self.other, batch), work)
+    @torch.no_grad()
+    def change(self, matrix: Array, shift: Array | None) -> None:
+        weight = self._tensors[self.weight]
+        weight.copy_(self.layer.weight_from(torch.from_numpy(matrix), weight).to(weight.dtype))
+        for name, value in ({} if shift is None else self.layer.shifted(self._tensors, torch.from_numpy(shift))).items():
+            self._tensors[name].copy_(value)
 
-    def _before_norm(self, tensor: Tensor, work: _Repair) -> Tensor:
-        if self.norm is None:
-            return tensor
-        shift, scale = self.norm.affine(work.tensors)
-        shape = [1, -1] + [1] * (tensor.dim() - 2)
-        return (tensor - shift.view(shape)) / scale.view(shape)
+    def affine(self) -> tuple[Array, Array]:
+        assert self.layer.norm is not None
+        shift, scale = self.layer.norm.affine(self._tensors)
+        return shift.numpy(), scale.numpy()
+
+    def positions(self, y: Array) -> int:
+        return self.layer.positions(y.shape)
+
+    def samples(self, x: Array) -> int:
+        return int(x.shape[0]) if self.layer.kernel else 1
+
+    def features(self, x: Array, at: Array, y: Array) -> Array:
+        return self.layer.features(torch.from_numpy(x), torch.from_numpy(at), y.shape[2:]).numpy()
+
+    def responses(self, y: Array, at: Array) -> Array:
+        return self.layer.responses(torch.from_numpy(y), torch.from_numpy(at)).numpy()
 
 
 def _of_results(layer: Layer, weight: list[Mask] | None, shape: Sequence[int]) -> list[Mask]:
