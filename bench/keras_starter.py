@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=tensorflow python bench/keras_starter.py [--shared ../shared] [--out runs/keras-starter] [--size 96]
 
-Half of the MACs, fine-tuned until at most 3 points of top-1 are lost on validation images or three rounds are over. What is in --out already
-is not done again. The table goes to bench/results/keras_starter.md, from a run at 224 pixels alone.
+Half of the MACs, fine-tuned until at most 3 points of top-1 are lost on validation images or three rounds are over. What is in --out
+already is not done again. The table goes to bench/results/keras_starter.md, from a run at 224 pixels alone.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def row(way: str, metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]], size: int, cores: int) -> str:
+def table(rows: list[dict[str, Any]], size: int) -> str:
     dense = rows[0]["dense"]
     lines = [
         "# Keras: the classic starter network, pruned in four ways",
         "",
-        f"`bench/keras_starter.py` on Imagenette at {size} pixels (2,700 images to train on, 300 to decide on, 1,500 to test on): trained for",
-        f"{EPOCHS} epochs with Adam, then `{TARGET}` with at most {MAX_DROP:g} points of top-1 lost on validation images. {cores} core.",
+        f"`bench/keras_starter.py` on Imagenette at {size} pixels (2,700 images to train on, 300 to decide on, 1,500 to test on):",
+        f"trained for {EPOCHS} epochs with Adam, then `{TARGET}` with at most {MAX_DROP:g} points of top-1 lost on validation images.",
         "With so few images the network is far from what its size could learn, and training on helps any of these.",
         "",
         "| pruned by | MACs | parameters | top-1, validation | top-1, test | epochs | rounds | floor on test | seconds |",
@@ -129,11 +129,12 @@ def main() -> None:
         rows.append(row(way, result.metrics))
         print(f"{way}: {rows[-1]['statement']}", flush=True)
     if rows:
-        cores = len(os.sched_getaffinity(0))
-        text = table(rows, args.size, cores)
+        text = table(rows, args.size)
         print(text)
         folder = RESULTS if args.size == 224 else args.out
-        (folder / "keras_starter.json").write_text(json.dumps({"machine": machine(cores), "rows": rows}, indent=1) + "\n")
+        (folder / "keras_starter.json").write_text(
+            json.dumps({"machine": machine(len(os.sched_getaffinity(0))), "rows": rows}, indent=1) + "\n"
+        )
         (folder / "keras_starter.md").write_text(text)
 
 

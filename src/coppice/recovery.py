@@ -8,9 +8,7 @@ halfway between is a candidate too.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +16,11 @@ from torch import Tensor, nn
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.forward import logits, norms_with_statistics, training_mode
+from coppice.mending import AS_CUT, BOTH, HALFWAY, REESTIMATED, REFITTED, Recovery, nearest
 from coppice.planning import Plan
+from coppice.stepwise import is_held_out
 from coppice.torch.elimination import divergence
-from coppice.torch.program import is_held_out
 from coppice.torch.repair import repair
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What was tried (name, divergence from the dense outputs on held-out images; the first is the bare cut), and what was kept.
-
-    `refused` says why layers could not be refitted.
-    """
-
-    tried: Sequence[tuple[str, float]]
-    kept: str
-    refitted: int = 0
-    refused: str | None = None
 
 
 def recover(
@@ -53,9 +39,9 @@ def recover(
     `plan` made `pruned` from `dense`, whose coupling is given; `batches` are model inputs; `reestimate` re-estimates BatchNorm in place.
     """
     has_norms = bool(norms_with_statistics(pruned))
-    candidates = {"as cut": pruned}
+    candidates = {AS_CUT: pruned}
     if has_norms:
-        candidates["BatchNorm re-estimated"] = _after(reestimate, pruned)
+        candidates[REESTIMATED] = _after(reestimate, pruned)
     refitted, refused = 0, None
     if refit:
         mended = copy.deepcopy(pruned)
@@ -64,16 +50,14 @@ def recover(
         except CoppiceError as error:
             refused = str(error)
         else:
-            candidates["layers refitted"] = mended
+            candidates[REFITTED] = mended
             if has_norms:
                 both = _after(reestimate, mended)
-                candidates["layers refitted, BatchNorm halfway re-estimated"] = _halfway(mended, both)
-                candidates["layers refitted, BatchNorm re-estimated"] = both
+                candidates[HALFWAY] = _halfway(mended, both)
+                candidates[BOTH] = both
     judge = [batch for k, batch in enumerate(batches) if is_held_out(k)] or batches
     goal = outputs(dense, judge)
-    tried = {name: float(divergence(outputs(model, judge), goal)) for name, model in candidates.items()}
-    kept = min(tried, key=lambda name: tried[name] if math.isfinite(tried[name]) else math.inf)
-    return candidates[kept], Recovery(tuple(tried.items()), kept, refitted, refused)
+    return nearest(candidates, lambda model: float(divergence(outputs(model, judge), goal)), refitted, refused)
 
 
 def _after(edit: Callable[[nn.Module], None], model: nn.Module) -> nn.Module:

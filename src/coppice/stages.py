@@ -29,11 +29,12 @@ from coppice.depth_search import shallower
 from coppice.errors import CoppiceError, UnreachableError
 from coppice.evaluate import evaluate, reestimate_batchnorm
 from coppice.latency import LatencyModel, latency_model
+from coppice.mending import Recovery
 from coppice.metrics import Metrics
 from coppice.planning import Plan, compose, kept_widths
 from coppice.progress import Progress
 from coppice.recipe import Recipe, described
-from coppice.recovery import Recovery, outputs, recover
+from coppice.recovery import outputs, recover
 from coppice.run import Json, Run
 from coppice.saliency import Scores
 from coppice.targets import humanise
@@ -72,7 +73,7 @@ class Workbench:
 class Snapshot:
     """A model on the way: a plan against the dense model (None: the dense model itself), its stored weights, what it costs and reaches.
 
-    `checks` and `max_error` are those of every cut that led here, `recovery` the last one's `coppice.recovery.Recovery`. Of the fine-tuning
+    `checks` and `max_error` are those of every cut that led here, `recovery` the last one's `coppice.mending.Recovery`. Of the fine-tuning
     that ended here, `training` is what each epoch gave (`coppice.train.EpochResult`) and `optimizer` what did it; `taken` is False where it
     made the model worse on validation, so that the weights before it are kept.
     """

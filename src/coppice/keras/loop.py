@@ -30,11 +30,13 @@ from coppice.keras.capture import capture
 from coppice.keras.data import KerasData, load_images
 from coppice.keras.evaluate import BATCH, Part, batches_of, evaluate, sample
 from coppice.keras.files import load_keras
+from coppice.keras.recovery import recover
 from coppice.keras.regularise import regulariser
 from coppice.keras.rehearsal import choose
 from coppice.keras.train import Epoch, check_recipe, fine_tune, fitting, reestimate, steps_per_epoch
 from coppice.keras.verify import verify
 from coppice.keras.walk import function_of, require_plain
+from coppice.mending import Recovery
 from coppice.pictures import check_renderer
 from coppice.planning import Plan, compose, kept_widths
 from coppice.planning import make_plan as plan_that_keeps
@@ -57,9 +59,10 @@ from coppice.run import (
     resume_run,
     write_text,
 )
+from coppice.stepwise import of_one_shape
 from coppice.targets import Target, humanise, interpolate, parse_target
 
-DEFAULTS = {"criterion": "taylor", "allocation": "global", "repair": False}  # what a Keras model is cut by, if nothing else is said
+DEFAULTS = {"criterion": "taylor", "allocation": "global"}  # what a Keras model is cut by, if nothing else is said
 _LATER = 0.5  # each further round of fine-tuning has half the learning rate
 _SLACK = 1e-9
 _IMAGES = 8
@@ -99,6 +102,7 @@ class Step:
     training: Sequence[Mapping[str, Any]] = field(default=())
     optimizer: str = ""
     taken: bool = True  # False: training made it worse, and this is what was there before
+    recovery: Mapping[str, Any] | None = None  # of the last cut: `coppice.mending.Recovery`
     regularised: Mapping[str, Any] | None = None  # the kind, its strength, and how far it came
 
     @property
@@ -197,8 +201,6 @@ def check_settings(config: RunConfig) -> None:
         raise CoppiceError("a latency can be a target of PyTorch models only: give a target of macs, params or bytes")
     if config.criterion not in CRITERIA or config.criterion == "obs" or config.allocation == MEASURED:
         raise CoppiceError("--criterion obs and auto, and --allocation measured, work on PyTorch models only: leave them out")
-    if config.repair:
-        raise CoppiceError("--repair works on PyTorch models only: leave it out")
     if config.masks or config.depth or config.int8 or config.cut_after:
         raise CoppiceError("--sparsity, --nm, --depth, --int8 and --cut-after work on PyTorch models only: leave them out")
     check_recipe(config.recipe)
@@ -289,15 +291,33 @@ def _cut(bench: Bench, name: str, before: Step, budgets: Mapping[str, float]) ->
         with bench.progress.bar(f"{name}: building and verifying"):
             pruned = apply(model, step)
             proof = verify(model, pruned, coupling, step)
+        recovery = _repaired(bench, name, model, pruned, coupling, step)
         whole = compose(Plan.from_json(before.plan), step) if before.plan else step
         cost = bench.coupling.cost(kept_widths(bench.coupling, whole))
         checks = [*before.checks, *(f"{name}: {line}" for line in proof.checked)]
         state = _store(bench, name, pruned)
         val = _validate(bench, pruned, name)
-        worst, kind = max(before.max_error, proof.max_error), before.regularised
-        return Step(name, whole.to_json(), state, cost.to_dict(), val, checks=checks, max_error=worst, regularised=kind)
+        worst, said = max(before.max_error, proof.max_error), asdict(recovery) | {"criterion": config.criterion}
+        return Step(
+            name, whole.to_json(), state, cost.to_dict(), val, checks=checks, max_error=worst, recovery=said, regularised=before.regularised
+        )
 
     return _stage(bench, name, work)
+
+
+def _repaired(bench: Bench, name: str, model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Recovery:
+    """Mend ``pruned`` in place: its BatchNormalization re-estimated, and its layers refitted if that is asked for, where that helps."""
+    config = bench.config
+    images = of_one_shape(x for x, _ in sample(bench.data.train, config.calibration, config.seed, BATCH))
+    with bench.progress.bar(f"{name}: repairing"):
+        found = recover(
+            model, pruned, coupling, plan, images, lambda cut: reestimate(cut, images), refit=config.repair, seed=config.seed
+        )  # fmt: skip
+    change = f"{dict(found.tried)['as cut']:.3f} -> {dict(found.tried)[found.kept]:.3f}"
+    bench.progress.say(f"{name} by {config.criterion}: {found.kept}: distance from the dense outputs {change} (held out)")
+    if found.refused:
+        bench.progress.say(f"{name}: layers were not refitted: {found.refused}")
+    return found
 
 
 def _tune(bench: Bench, name: str, before: Step, epochs: int, rate: float = 1.0, enough: float = math.inf) -> Step:
@@ -485,7 +505,8 @@ def _said(bench: Bench, step: Step) -> Json:
     seconds, cost = bench.run.seconds().get(step.stage, 0.0), step.cost
     training = [dict(entry) for entry in step.training]
     return {
-        "stage": step.stage, **cost, "epochs": step.epochs, "val_top1": step.top1, "seconds": seconds, "repair": None, "training": training,
+        "stage": step.stage, **cost, "epochs": step.epochs, "val_top1": step.top1, "seconds": seconds,
+        "repair": None if step.epochs else step.recovery, "training": training,
         "optimizer": step.optimizer, "taken": step.taken,
     }  # fmt: skip
 

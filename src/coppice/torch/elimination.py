@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from coppice.axes import Axis, atoms
 from coppice.coupling import Coupling, Mask, PrunableAxis, keep_mask
 from coppice.graph import Kind
+from coppice.mending import TEMPERATURE
 from coppice.saliency import per_index
 from coppice.torch.layers import Layer, find_layers
 from coppice.torch.program import Program, coupled_on, is_held_out, of_one_shape
@@ -36,7 +37,6 @@ LARGEST = 4608  # features whose Gram matrix is kept whole; of more, diagonal bl
 BLOCKS = 96  # groups that go at a time are a BLOCKSth of all: beyond that the path hardly changes and the time does
 LEVELS = (0.25, 0.5, 0.75)  # shares of an axis removed at which the loss is measured
 JUDGING = 128  # images, at most, that losses are measured on: every axis and level is one more pass of them all
-TEMPERATURE = 3.0  # of the divergence: at 1 a model that is sure of its training images hides what it lost
 
 Array = NDArray[np.float64]
 Tensors = Mapping[str, Tensor]

@@ -1,0 +1,33 @@
+"""Which of several repairs of a cut model is kept: the one whose outputs are nearest to the dense model's on held-out images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+TEMPERATURE = 3.0  # of the divergence: at 1 a model that is sure of its training images hides what it lost
+AS_CUT, REESTIMATED, REFITTED = "as cut", "BatchNorm re-estimated", "layers refitted"
+HALFWAY, BOTH = "layers refitted, BatchNorm halfway re-estimated", "layers refitted, BatchNorm re-estimated"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What was tried (name, divergence from the dense outputs on held-out images; the first is the bare cut), and what was kept.
+
+    `refused` says why layers could not be refitted.
+    """
+
+    tried: Sequence[tuple[str, float]]
+    kept: str
+    refitted: int = 0
+    refused: str | None = None
+
+
+def nearest(candidates: Mapping[str, T], distance: Callable[[T], float], refitted: int, refused: str | None) -> tuple[T, Recovery]:
+    """The candidate of the least distance; one that is not finite is never the least."""
+    tried = {name: distance(candidate) for name, candidate in candidates.items()}
+    kept = min(tried, key=lambda name: tried[name] if math.isfinite(tried[name]) else math.inf)
+    return candidates[kept], Recovery(tuple(tried.items()), kept, refitted, refused)
