@@ -137,8 +137,9 @@ class _Linear:
         g, n = self._geometry, len(x)
         taps = []
         for tap in itertools.product(*map(range, g.kernel)):
-            where: list[Any] = [p * s + k * d for p, s, k, d in zip(places, g.stride, tap, g.dilation, strict=True)]
-            taps.append(x[tuple([slice(None), *where])])
+            where = (p * s + k * d for p, s, k, d in zip(places, g.stride, tap, g.dilation, strict=True))
+            index: tuple[Any, ...] = (slice(None), *where)
+            taps.append(x[index])
         found = np.stack(taps, axis=2).reshape(n * len(at), len(taps), self._groups, -1)  # (n p) k g c
         return np.ascontiguousarray(found.transpose(2, 0, 1, 3)).reshape(self._groups, n * len(at), -1)
 
