@@ -30,7 +30,7 @@ def save_checkpoint(path: Path, model: Any, optimizer: Any, facts: Mapping[str, 
 def load_checkpoint(path: Path, model: Any, optimizer: Any) -> dict[str, Any]:
     """Put the saved state into `model` and `optimizer`; answers the facts. CoppiceError if it is no checkpoint, or another model's."""
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
         facts: dict[str, Any] = json.loads(arrays[_FACTS].tobytes())
     except (OSError, ValueError, KeyError, BadZipFile) as error:

@@ -1,0 +1,63 @@
+"""Augmentation in NumPy and Pillow is torchvision's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coppice.keras import augment
+from coppice.recipe import PRESETS
+
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(0, 256, (120, 100, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", ["light", "standard"])
+@pytest.mark.parametrize("shape", [(8, 8, 1), (32, 32, 3), (120, 100, 3)])
+def test_images_keep_their_shape_and_kind(name: str, shape: tuple[int, int, int]) -> None:
+    images = RNG.integers(0, 256, (12, *shape), dtype=np.uint8)
+    transform = augment.make_augmentation(name, shape)
+    assert transform is not None
+    assert set(PRESETS[name]) <= set(augment.AUGMENTATIONS)
+    found, again = (transform(np.random.default_rng(3), images) for _ in range(2))
+    assert found.shape == images.shape
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, again)
+    assert not np.array_equal(found, images)
+    assert augment.make_augmentation("none", shape) is None
+
+
+def test_what_is_not_to_be_mirrored_is_not() -> None:
+    ramp = np.tile(np.arange(8, dtype=np.uint8)[None, :, None], (8, 1, 1))
+    images = np.stack([ramp] * 16)
+    mirrored = augment.make_augmentation("flip", (8, 8, 1))
+    assert mirrored is not None
+    found = mirrored(np.random.default_rng(0), images)
+    flips = [np.array_equal(one, ramp[:, ::-1]) for one in found]
+    assert 0 < sum(flips) < 16
+    assert augment.make_augmentation("flip", (8, 8, 1), mirror=False) is None
+
+
+def test_the_numbers_are_torchvisions() -> None:
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    image = torch.from_numpy(IMAGE).permute(2, 0, 1)
+
+    def near(ours: np.ndarray, theirs: object, by: int = 1) -> None:  # type: ignore[type-arg]
+        other = theirs.permute(1, 2, 0).numpy().astype(int)  # type: ignore[attr-defined]
+        assert np.abs(ours.astype(int) - other).max() <= by
+
+    for factor in (0.8, 1.2):
+        near(augment.brightness(IMAGE, factor), functional.adjust_brightness(image, factor))
+        near(augment.contrast(IMAGE, factor), functional.adjust_contrast(image, factor))
+        near(augment.saturation(IMAGE, factor), functional.adjust_saturation(image, factor))
+    cropped = functional.resized_crop(image, 10, 20, 90, 70, [120, 100], antialias=True)
+    near(augment.resized(IMAGE, (20, 10, 90, 100)), cropped)
+
+
+def test_the_share_of_the_area_is_torchvisions() -> None:
+    rng = np.random.default_rng(0)
+    found = [augment._rectangle(rng, 200, 200, augment._AREA, augment._RATIO) for _ in range(500)]
+    areas = [rows * columns / 40000 for rows, columns in (one for one in found if one is not None)]
+    assert 0.69 < min(areas) < 0.73
+    assert 0.95 < max(areas) <= 1

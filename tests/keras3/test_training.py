@@ -1,0 +1,164 @@
+"""Fine-tuning with `model.fit`: what goes along, what a stopped one remembers, and regularisation, on every backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import coppice
+from coppice.errors import CoppiceError
+from coppice.keras.apply import build, weights_in
+from coppice.keras.callbacks import Rates
+from coppice.keras.data import load_images
+from coppice.keras.evaluate import evaluate
+from coppice.keras.loop import prune
+from coppice.keras.regularise import regulariser
+from coppice.keras.train import Epoch, fine_tune
+from coppice.preprocess import Preprocess
+from coppice.recipe import Recipe
+from coppice.shrinking import NEAR_ZERO
+
+RECIPE = Recipe(epochs=3, batch_size=64, lr=0.05, optimizer="sgd", augment="light")
+
+
+def small_data() -> Any:
+    data = load_images("digits", Preprocess())
+    return data.train.subset(np.arange(320)), data.val.subset(np.arange(64))
+
+
+def small_net() -> Any:
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)), layers.Conv2D(16, 3, activation="relu"), layers.BatchNormalization(), layers.Flatten(),
+            layers.Dropout(0.2), layers.Dense(24, activation="relu"), layers.Dense(10, activation="softmax"),
+        ]
+    )  # fmt: skip
+
+
+def judged(model: Any, part: Any) -> tuple[float, float]:
+    found = evaluate(model, part)
+    return found.top1, found.loss
+
+
+class StoppedError(Exception):
+    pass
+
+
+def same(left: Any, right: Any) -> bool:
+    return all(np.allclose(a, b, atol=1e-6) for a, b in zip(weights_in(left).values(), weights_in(right).values(), strict=True))
+
+
+def test_what_was_stopped_goes_on_at_its_epoch(tmp_path: Path) -> None:
+    train, val = small_data()
+    net = small_net()
+    whole, half, checkpoint = build(net, None, weights_in(net)), build(net, None, weights_in(net)), tmp_path / "checkpoint.npz"
+    undisturbed = fine_tune(whole, train, RECIPE, mirror=True, judge=lambda: judged(whole, val))
+
+    def stop(epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            raise StoppedError
+
+    options: dict[str, Any] = {"mirror": True, "judge": lambda: judged(half, val), "checkpoint": checkpoint}
+    with pytest.raises(StoppedError):
+        fine_tune(half, train, RECIPE, on_epoch=stop, **options)
+    half = build(net, None, weights_in(net))
+    heard: list[int] = []
+    history = fine_tune(half, train, RECIPE, on_epoch=lambda epoch: heard.append(epoch.epoch), **options)
+    assert heard == [3]
+    assert [e.epoch for e in history] == [1, 2, 3]
+    assert same(half, whole)
+    assert not same(half, net)
+    assert np.allclose([e.train_loss for e in history], [e.train_loss for e in undisturbed], rtol=1e-4)
+    assert history[-1].lr < history[0].lr
+    with pytest.raises(CoppiceError, match="another recipe, seed or data"):
+        fine_tune(half, train, RECIPE, seed=1, **options)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    with pytest.raises(CoppiceError, match="truncated"):
+        fine_tune(half, train, RECIPE, **options)
+
+
+def test_enough_is_enough() -> None:
+    train, val = small_data()
+    net = small_net()
+    history = fine_tune(net, train, RECIPE, mirror=True, judge=lambda: judged(net, val), enough=lambda epoch: epoch.epoch == 2)
+    assert len(history) == 2
+
+
+def test_the_rate_of_a_step_is_the_recipes() -> None:
+    """Where the weights of a model of one number go shows the rate of every step."""
+    rates = Rates(RECIPE, steps=5)
+    seen = [float(keras.ops.convert_to_numpy(rates(keras.ops.convert_to_tensor(k)))) for k in range(15)]
+    assert np.allclose(seen, [RECIPE.lr_at(k, 15) for k in range(15)])
+    train, val = small_data()
+    net = small_net()
+    before = weights_in(net)
+    fine_tune(net, train, Recipe(epochs=1, batch_size=64, lr=1e-12, optimizer="sgd"), mirror=True, judge=lambda: judged(net, val))
+    after = weights_in(net)
+    assert all(np.allclose(before[name], after[name], atol=1e-9) for name in before if "moving" not in name)
+
+
+@pytest.mark.parametrize("kind", ["group-lasso", "slimming", "l1", "l2", "growing", "soft"])
+def test_what_has_to_go_is_shrunk(kind: str) -> None:
+    """Against the loss of nothing: what a regularisation does by itself, in the weights of every layer that an index touches."""
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)), layers.Conv2D(16, 3, use_bias=False), layers.BatchNormalization(), layers.ReLU(), layers.Flatten(),
+            layers.Dense(24, activation="relu"), layers.Dense(3),
+        ]
+    )  # fmt: skip
+    coupling = coppice.couple(coppice.capture(model, (1, 6, 6, 1)))
+    before = weights_in(model)
+    target = {"macs": 0.2 * coupling.cost().macs}
+    reg = regulariser(model, coupling, kind, steps=40, target=target, round_to=1, min_width=1)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.fit(np.zeros((80, 6, 6, 1), "float32"), np.zeros((80, 3), "float32"), batch_size=2, verbose=0, callbacks=[reg])
+    assert reg.done == 40
+    after = weights_in(model)
+    shrunk = {name for name in before if "moving" not in name and np.abs(after[name]).sum() < 0.99 * np.abs(before[name]).sum()}
+    ends = {name.rsplit("/", 1)[1] for name in shrunk}
+    assert ends == ({"gamma"} if kind == "slimming" else {"kernel"} if kind == "soft" else {"kernel", "gamma"})
+    if kind in ("group-lasso", "growing"):
+        assert any((scores < NEAR_ZERO).any() for scores in reg.scores().by_axis.values())
+        smaller = coppice.apply(model, reg.plan(round_to=1, min_width=1))
+        left = coppice.couple(coppice.capture(smaller, (1, 6, 6, 1))).cost().macs / coupling.cost().macs
+        assert left < 0.7
+        assert f"{left:.2f} of the MACs" in reg.said()
+
+
+def test_a_run_with_regularisation_says_so(tmp_path: Path) -> None:
+    data = load_images("digits", Preprocess())
+    net = small_net()
+    fine_tune(net, data.train, RECIPE, mirror=False, judge=lambda: judged(net, data.val))
+    settings: dict[str, Any] = {"regularise": "group-lasso", "recipe": RECIPE, "calibration": 64, "max_drop": 50.0, "stop_early": True}
+    result = prune(net, data, "macs=0.5", out=tmp_path / "run", **settings)
+    stages = [step["stage"] for step in result.metrics["history"]]
+    assert stages == ["dense", "regularised", "cut 1", "tuned 1"]
+    assert result.metrics["regularised"]["kind"] == "group-lasso"
+    assert "near zero" in result.metrics["regularised"]["said"]
+    assert "group-lasso" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_an_optimiser_is_rehearsed_where_none_is_named() -> None:
+    data = load_images("digits", Preprocess())
+    net = small_net()
+    fine_tune(net, data.train, RECIPE, mirror=False, judge=lambda: judged(net, data.val))
+    said: list[str] = []
+
+    class Heard:
+        def say(self, text: str) -> None:
+            said.append(text)
+
+        def bar(self, title: str) -> Any:
+            from coppice.progress import Silent
+
+            return Silent().bar(title)
+
+    few = (data.train.subset(np.arange(256)), data.val.subset(np.arange(64)), data.test.subset(np.arange(64)))
+    recipe = Recipe(epochs=1, batch_size=64, augment="none")
+    prune(net, few, "macs=0.7", recipe=recipe, calibration=64, progress=Heard())
+    assert sum("validation loss" in line for line in said) == 4
