@@ -46,6 +46,7 @@ from coppice.cli_options import (
     settings_of,
 )
 from coppice.errors import CoppiceError
+from coppice.frameworks import names_keras
 
 if TYPE_CHECKING:
     from coppice.config import RunConfig
@@ -94,8 +95,9 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the axes of a model: what is coupled, what each share of the cost is, what moves together, what is pinned and why."""
-    if cli_keras.is_file(model):
-        coupling, found = cli_keras.coupled(model, code, numbers("--input", input, int) if input else None)
+    if names_keras(model, weights or ""):
+        named = {"model": model, "weights": weights, "code": code, "num_classes": num_classes, "input": input}
+        coupling, found = cli_keras.coupled(settings_of({key: value for key, value in named.items() if value is not None}, None))
         cli_print.show_axes(coupling, model, found, axis, as_json)
         return
     import torch
@@ -181,7 +183,7 @@ def sensitivity(
 @app.command()
 def prune(
     model: Annotated[
-        Text, typer.Option("--model", help="FILE.py:factory, torchvision:NAME, timm:NAME or FILE.keras", metavar="SPEC")
+        Text, typer.Option("--model", help="FILE.py:factory, torchvision:NAME, timm:NAME, FILE.keras or FILE.json", metavar="SPEC")
     ] = None,
     weights: Weights = None,
     code: Code = None,
@@ -264,7 +266,7 @@ def prune(
         return
     if out is None:
         raise CoppiceError("name the run folder with --out")
-    if cli_keras.is_file(model or "") and config is None:
+    if names_keras(model or "", weights or "") and config is None:
         given = {**cli_keras.defaults(), **given}
     settings = settings_of(given, config)
     _finish(out, lambda: _prune(settings, out))
@@ -292,7 +294,7 @@ def evaluate(
     given = {k: v for k, v in locals().items() if v is not None and k not in ("part", "as_json", "model")}
     if part not in ("test", "val", "train"):
         raise CoppiceError(f"--part {part}: choose test, val or train")
-    if cli_keras.is_file(model) or cli_keras.is_run(Path(model)):
+    if names_keras(model, weights or "") or cli_keras.is_run(Path(model)):
         keras_settings = (
             settings_of(given, Path(model) / "config.toml") if Path(model).is_dir() else settings_of(given | {"model": model}, None)
         )

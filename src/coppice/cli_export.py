@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coppice import cli_keras
-from coppice.cli_options import Code, DataSpec, Mean, Resize, Size, Std, flag_of, settings_of
+from coppice.cli_options import Code, DataSpec, Mean, NumClasses, Resize, Size, Std, Weights, flag_of, settings_of
 from coppice.errors import CoppiceError
+from coppice.frameworks import names_keras
 
 if TYPE_CHECKING:
     from coppice.exporting import ExportCheck
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="a finished run folder, or FILE.keras", metavar="RUN|FILE")],
+    model: Annotated[
+        Path, typer.Argument(help="a finished run folder, FILE.keras, or FILE.json or FILE.py:factory with --weights", metavar="RUN|FILE")
+    ],
     to: Annotated[
         str, typer.Option("--to", help="onnx, openvino or pt2 (torch.export); of a Keras model onnx, lite, savedmodel or keras")
     ] = "onnx",
@@ -28,16 +31,20 @@ def export(
     size: Size = None,
     resize: Resize = None,
     code: Code = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
 ) -> None:
     """Write a model to be run where coppice is not installed, compared with the framework it comes from on images of its data."""
-    given = {"data": data, "mean": mean, "std": std, "size": size, "resize": resize, "code": code}
-    named = {name: value for name, value in given.items() if value is not None}
+    named = {k: v for k, v in locals().items() if v is not None and k not in ("model", "to", "out", "opset")}
     if out is not None and not out.parent.is_dir():
         raise CoppiceError(f"--out {out}: there is no folder {out.parent}")
     if model.is_dir() and named:
-        raise CoppiceError(f"a run folder has its own data and code: drop {flag_of(next(iter(named)))}")
-    if cli_keras.is_file(str(model)) or cli_keras.is_run(model):
-        settings = settings_of(named, model / "config.toml" if model.is_dir() else None)
+        raise CoppiceError(f"a run folder has its own data, code and weights: drop {flag_of(next(iter(named)))}")
+    if names_keras(str(model), weights or "") or cli_keras.is_run(model):
+        from coppice.config import load_config
+        from coppice.run import CONFIG
+
+        settings = load_config(model / CONFIG)[0] if model.is_dir() else settings_of(named | {"model": str(model)}, None)
         framework, (path, check, what) = "Keras", cli_keras.exported(model, settings, to, out, opset)
     else:
         framework, (path, check, what) = "PyTorch", _of_pytorch(model, to, out, opset)

@@ -26,10 +26,6 @@ EXPORTED_ON = 8  # images that an exported file is compared on
 _BACKENDS = ("tensorflow", "jax", "torch")
 
 
-def is_file(model: str) -> bool:
-    return model.endswith(".keras")
-
-
 def is_run(path: Path) -> bool:
     """Whether the folder is a run of a Keras model, finished or not."""
     from coppice.config import load_config
@@ -72,40 +68,36 @@ def defaults() -> dict[str, Any]:
 def opened(config: RunConfig) -> Any:
     """The dense model of a configuration."""
     ready()
-    from coppice.keras.files import load_keras
+    from coppice.keras.opening import open_model
 
-    return load_keras(Path(config.model), Path(config.code) if config.code else None)
+    return open_model(config.model, config.weights, config.code, config.num_classes)
 
 
-def opened_with_shape(model: str) -> tuple[Any, tuple[int, ...] | None]:
-    """The model of a file, and the shape of its one input without the batch, where that is fixed."""
-    ready()
-    from coppice.keras.files import load_keras
+def shape_of(model: Any) -> tuple[int, ...] | None:
+    """The shape of the model's one input without the batch, where that is fixed."""
     from coppice.keras.walk import function_of
 
-    network = load_keras(Path(model))
-    inputs = function_of(network).inputs
+    inputs = function_of(model).inputs
     if len(inputs) != 1:
-        raise CoppiceError(f"{model} takes {len(inputs)} inputs: only models with one input can be timed")
+        raise CoppiceError(f"the model takes {len(inputs)} inputs: only models with one can be looked at from the command line")
     shape = tuple(inputs[0].shape[1:])
-    return network, None if None in shape else shape
+    return None if None in shape else shape
 
 
-def coupled(model: str, code: str | None, shape: Sequence[int] | None) -> tuple[Coupling, Sequence[int]]:
+def coupled(config: RunConfig) -> tuple[Coupling, Sequence[int]]:
     """The axes of the model, and the shape they were found with: the one given, or the model's own."""
-    ready()
     from coppice.coupling import couple
-    from coppice.keras.capture import capture
-    from coppice.keras.files import load_keras
-    from coppice.keras.walk import function_of
 
-    network = load_keras(Path(model), Path(code) if code else None)
-    inputs = function_of(network).inputs
-    if shape is None:
-        shape = (1, *inputs[0].shape[1:])
-        if len(inputs) != 1 or None in shape:
+    network = opened(config)
+    from coppice.keras.capture import capture
+
+    shape = config.input
+    if not shape:
+        own = shape_of(network)
+        if own is None:
             raise CoppiceError("the model leaves the size of its input open: give one, as in --input 1,224,224,3")
-    return couple(capture(network, tuple(shape))), shape
+        shape = (1, *own)
+    return couple(capture(network, shape)), shape
 
 
 def prune(config: RunConfig, out: Path, progress: Progress) -> Result[Any]:
@@ -127,12 +119,11 @@ def measured(model: Path, config: RunConfig, part: str, progress: Callable[[int,
     ready()
     from coppice.keras.data import load_images
     from coppice.keras.evaluate import evaluate
-    from coppice.keras.files import load_keras
     from coppice.run import load
 
     if not config.data:
         raise CoppiceError("name the data with --data")
-    network = load(model) if model.is_dir() else load_keras(model, Path(config.code) if config.code else None)
+    network = load(model) if model.is_dir() else opened(config)
     data = load_images(config.data, config.preprocess, config.val_fraction, config.seed, config.splits)
     return evaluate(network, getattr(data, part), progress), data.classes
 
@@ -141,11 +132,10 @@ def exported(model: Path, config: RunConfig, to: str, out: Path | None, opset: i
     """Write a file or a run's pruned model in another format: where it lies, how it compares, and with what that was found."""
     ready()
     from coppice.keras.export import export, format_of
-    from coppice.keras.files import load_keras
     from coppice.run import load
 
     suffix = format_of(to, opset).suffix
-    network = load(model) if model.is_dir() else load_keras(model, Path(config.code) if config.code else None)
+    network = load(model) if model.is_dir() else opened(config)
     path = out or (model / f"model{suffix}" if model.is_dir() else model.with_suffix(suffix))
     images = _images(config)
     return path, export(network, path, to, images, opset), "random inputs" if images is None else "images of its data"

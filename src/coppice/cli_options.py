@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 # None means "not given": the defaults live in RunConfig.
 Text = str | None  # a module-level alias, evaluated when typer reads the annotations
-Model = Annotated[str, typer.Option("--model", help="FILE.py:factory, torchvision:NAME, timm:NAME or FILE.keras", metavar="SPEC")]
-Weights = Annotated[Text, typer.Option("--weights", help=".safetensors, or .pth/.pt holding only tensors", metavar="FILE")]
+Model = Annotated[
+    str, typer.Option("--model", help="FILE.py:factory, torchvision:NAME, timm:NAME, FILE.keras or FILE.json", metavar="SPEC")
+]
+Weights = Annotated[Text, typer.Option("--weights", help=".safetensors, .pth/.pt holding only tensors, or X.weights.h5", metavar="FILE")]
 NumClasses = Annotated[int | None, typer.Option("--num-classes", help="passed to the factory")]
 Code = Annotated[Text, typer.Option("--code", help="of a .keras file: Python with the classes it needs; it is run", metavar="FILE")]
 Input = Annotated[Text, typer.Option("--input", help="shape of an example input, such as 1,3,224,224", metavar="N,C,H,W")]

@@ -17,6 +17,7 @@ import coppice
 from coppice.allocate import ALLOCATIONS
 from coppice.criteria import AUTO, CRITERIA, TRIED, check_options
 from coppice.errors import CoppiceError
+from coppice.frameworks import names_keras
 from coppice.machine import machine, usable_cores, versions
 from coppice.masks import MaskRecipe
 from coppice.preprocess import Preprocess
@@ -33,9 +34,9 @@ DISTILL = 0.9  # a loop always has the dense model at hand, and its soft labels 
 class RunConfig:
     """One pruning run. Paths are absolute, so that a run folder can be loaded from any working directory."""
 
-    model: str = ""  # FILE.py:factory, torchvision:NAME, timm:NAME, FILE.keras; "" for a module handed over in Python
+    model: str = ""  # FILE.py:factory, torchvision:NAME, timm:NAME, FILE.keras, FILE.json; "" for a module handed over in Python
     code: str = ""  # of a .keras file: a Python file with the classes that it needs beside Keras's own
-    weights: str = ""  # .safetensors, .pth or .pt; "" for the factory's own
+    weights: str = ""  # .safetensors, .pth or .pt, .weights.h5 of a Keras model; "" for the factory's own
     num_classes: int = 0  # 0: the factory's own
     data: str = ""  # a folder, a parquet or arrow file, "digits"; "" for loaders handed over in Python
     splits: Mapping[str, str] = field(default_factory=dict)  # "train", "val", "test" -> the name used by the data
@@ -89,7 +90,7 @@ class RunConfig:
         """The same with every path absolute and the number of threads settled."""
         file, colon, factory = self.model.rpartition(":")
         model = f"{Path(file).resolve()}{colon}{factory}" if file.endswith(".py") else self.model
-        if self.is_keras:
+        if names_keras(self.model):
             model = str(Path(self.model).resolve())
         code = str(Path(self.code).resolve()) if self.code else ""
         weights = str(Path(self.weights).resolve()) if self.weights else ""
@@ -98,13 +99,13 @@ class RunConfig:
 
     @property
     def is_keras(self) -> bool:
-        """Whether the model is a file of Keras's."""
-        return self.model.endswith(".keras")
+        """Whether the model is one of Keras's."""
+        return names_keras(self.model, self.weights)
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the files that decide the dense model: they must not change under a run."""
         file = self.model.rpartition(":")[0]
-        model = Path(self.model) if self.is_keras else Path(file) if file.endswith(".py") else None
+        model = Path(self.model) if names_keras(self.model) else Path(file) if file.endswith(".py") else None
         paths = {"model": model, "code": Path(self.code) if self.code else None, "weights": Path(self.weights) if self.weights else None}
         return {name: sha256(path) for name, path in paths.items() if path and path.is_file()}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from coppice import cli_keras
+from coppice.config import RunConfig
 from coppice.errors import CoppiceError
-from coppice.frameworks import is_keras
+from coppice.frameworks import is_keras, names_keras
 from coppice.runtimes import LITE, runtime
 from coppice.silence import silenced
 
@@ -35,8 +36,9 @@ def open_subjects(
             opened[spec] = _onnx_file(Path(spec))
         elif spec.endswith(LITE):
             opened[spec] = _lite_file(Path(spec))
-        elif cli_keras.is_file(spec):
-            opened[spec] = cli_keras.opened_with_shape(spec)
+        elif names_keras(spec):
+            network = cli_keras.opened(RunConfig(model=spec))
+            opened[spec] = network, cli_keras.shape_of(network)
         else:
             opened[spec] = _module(spec, num_classes)
     shape = _shape({name: own for name, (_, own) in opened.items()}, given)

@@ -218,7 +218,7 @@ def test_the_command_says_what_is_wrong(digits: Path, tmp_path: Path, capsys: py
         ([str(digits), "--to", "pt2"], "a Keras model is written as one of"),
         ([str(tmp_path / "none.keras")], "there is no model file"),
         ([str(tmp_path)], "no run folder"),
-        ([str(tmp_path), "--data", "digits"], "a run folder has its own data and code: drop --data"),
+        ([str(tmp_path), "--data", "digits"], "a run folder has its own data, code and weights: drop --data"),
         ([str(digits), "--to", "keras"], "exists already"),
     ):
         assert run(["export", *arguments]) == 2

@@ -7,20 +7,23 @@ and classes that are not Keras's own, unless the user names the file with their 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
-import h5py
 import keras
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope
 
 from coppice.errors import CoppiceError
+from coppice.keras.hdf5 import arrays_in
 from coppice.keras.walk import require_plain
 
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
@@ -38,15 +41,14 @@ def load_keras(path: Path, code: Path | None = None) -> Any:
     if not path.is_file():
         raise CoppiceError(f"there is no model file {path}")
     if code is not None:
-        _run_users_code(code)
+        run_users_code(code)
     config, weights = _unpack(path)
-    _check_classes(path, config, code)
-    held = _check_weights(path, weights)
-    _check_size(path, config, held)
+    check_classes(path, config, code)
+    check_size(path, config, sum(arrays_in(path, io.BytesIO(weights), len(weights)).values()))
     try:
         model = keras.saving.load_model(path, safe_mode=True)
     except Exception as error:  # Keras, HDF5 and the backends have errors of their own
-        raise CoppiceError(f"{path} can't be loaded by Keras {keras.__version__}: {_one_line(error)}") from error
+        raise CoppiceError(f"{path} can't be loaded by Keras {keras.__version__}: {one_line(error)}") from error
     require_plain(model)
     return model
 
@@ -67,10 +69,11 @@ def _unpack(path: Path) -> tuple[Any, bytes]:
                 raise CoppiceError(f"{path} was refused: its configuration is larger than {LARGEST_CONFIG >> 20} MB")
             return json.loads(archive.read(CONFIG)), archive.read(WEIGHTS)
     except (zipfile.BadZipFile, KeyError, OSError, ValueError, EOFError, NotImplementedError, RecursionError) as error:
-        raise CoppiceError(f"{path} is truncated or no .keras file ({_one_line(error)}): save the model again with model.save") from error
+        raise CoppiceError(f"{path} is truncated or no .keras file ({one_line(error)}): save the model again with model.save") from error
 
 
-def _check_classes(path: Path, config: Any, code: Path | None) -> None:
+def check_classes(path: Path, config: Any, code: Path | None) -> None:
+    """Raise CoppiceError where building the model would run code that nobody named."""
     for entry in _entries(config):
         name, module = entry.get("class_name"), entry.get("module")
         if name in ("Lambda", "__lambda__") or "__lambda__" in entry:
@@ -96,35 +99,7 @@ def _entries(config: Any) -> Iterator[dict[str, Any]]:
             pending += found
 
 
-def _check_weights(path: Path, weights: bytes) -> int:
-    """Bytes of weights that the file holds: every tensor lies in it whole, and no larger than the file itself."""
-    total = 0
-    try:
-        with h5py.File(io.BytesIO(weights), "r") as file:
-            pending: list[Any] = [file]
-            while pending:
-                group = pending.pop()
-                for name in group:
-                    link = group.get(name, getlink=True)
-                    if not isinstance(link, h5py.HardLink):
-                        raise CoppiceError(f"{path} was refused: its weights {name!r} are a link to somewhere else")
-                    entry = group[name]
-                    if isinstance(entry, h5py.Group):
-                        pending.append(entry)
-                        continue
-                    if entry.external or entry.is_virtual or entry.nbytes > len(weights):
-                        raise CoppiceError(
-                            f"{path} was refused: its weights {name!r} are said to be {entry.nbytes} bytes, the file has fewer"
-                        )
-                    total += entry.nbytes
-                if len(pending) > 1_000_000 or total > len(weights):
-                    raise CoppiceError(f"{path} was refused: its weights are said to be larger than the file")
-    except (OSError, RuntimeError, KeyError, ValueError, RecursionError) as error:
-        raise CoppiceError(f"{path} is truncated or its weights are damaged: {_one_line(error)}") from error
-    return total
-
-
-def _check_size(path: Path, config: Any, held: int) -> None:
+def check_size(path: Path, config: Any, held: int) -> None:
     """Build the model without its weights, and compare what it asks for with what the file holds."""
     config = {**config, "compile_config": None}
     waiting = global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True)
@@ -133,7 +108,7 @@ def _check_size(path: Path, config: Any, held: int) -> None:
         with StatelessScope(initialize_variables=False):  # its variables have shapes and no values
             model = keras.saving.deserialize_keras_object(config, safe_mode=True)
     except Exception as error:  # whatever a wrong configuration makes Keras and the backends raise
-        raise CoppiceError(f"{path} holds no model that Keras {keras.__version__} can build: {_one_line(error)}") from error
+        raise CoppiceError(f"{path} holds no model that Keras {keras.__version__} can build: {one_line(error)}") from error
     finally:
         waiting[:] = before  # else Keras would make values for them later
     if not isinstance(model, keras.Model):
@@ -143,18 +118,23 @@ def _check_size(path: Path, config: Any, held: int) -> None:
         raise CoppiceError(f"{path} was refused: its configuration asks for {asked} bytes of weights, the file holds {held}")
 
 
-def _run_users_code(code: Path) -> None:
-    import importlib.util
-
+def run_users_code(code: Path) -> ModuleType:
+    """The module that a user's file makes; its folder is on the path meanwhile, as for ``python FILE.py``. Raises CoppiceError."""
     spec = importlib.util.spec_from_file_location("_coppice_user_code", code)
     if spec is None or spec.loader is None or not code.is_file():
-        raise CoppiceError(f"--code {code} is no Python file")
+        raise CoppiceError(f"{code} is no Python file")
+    module, folder = importlib.util.module_from_spec(spec), str(code.resolve().parent)
+    sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise CoppiceError(f"--code {code} could not be run: {_one_line(error)}") from error
+        raise CoppiceError(f"{code} could not be run: {one_line(error)}") from error
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+    return module
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

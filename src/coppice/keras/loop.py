@@ -30,6 +30,7 @@ from coppice.keras.capture import capture
 from coppice.keras.data import KerasData, load_images
 from coppice.keras.evaluate import BATCH, Part, batches_of, evaluate, sample
 from coppice.keras.files import load_keras
+from coppice.keras.opening import open_model
 from coppice.keras.recovery import recover
 from coppice.keras.regularise import regulariser
 from coppice.keras.rehearsal import choose
@@ -168,7 +169,7 @@ def resume(out: Path, *, progress: Progress) -> Result[Any]:
 
 def open_inputs(config: RunConfig) -> tuple[Any, Parts]:
     """The dense model and the data of a configuration."""
-    model = load_keras(Path(config.model), Path(config.code) if config.code else None)
+    model = open_model(config.model, config.weights, config.code, config.num_classes)
     return model, Parts.of(load_images(config.data, config.preprocess, config.val_fraction, config.seed, config.splits))
 
 
