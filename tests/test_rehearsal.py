@@ -8,7 +8,7 @@ import torch
 
 from coppice.candidates import CANDIDATES, LEAST, MOST, rehearsal_steps
 from coppice.checkpoint import load_facts
-from coppice.errors import CoppiceError
+from coppice.errors import CoppiceError, DivergedError
 from coppice.recipe import Recipe
 from coppice.rehearsal import rehearse
 from coppice.train import choose, fine_tune
@@ -37,7 +37,7 @@ def test_a_rate_that_breaks_the_training_is_not_taken(digits):  # noqa: F811
     def train(model, part, recipe):
         assert len(part.train) == 20 * 64
         if recipe.optimizer == "sgd":
-            raise CoppiceError("the training loss became nan")
+            raise DivergedError("the training loss became nan")
         return float(recipe.freeze_norm)
 
     found = rehearse(small_net(), digits, OPEN, 20, 0, train)

@@ -4,7 +4,7 @@ A pruned network recovers in a few epochs; the strong crops of training from scr
 than they give, so crops are mild in every preset.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,7 +67,34 @@ def repeats(name: str) -> int:
     return next((int(step.removeprefix("repeat")) for step in augmentations(name) if step.startswith("repeat")), 1)
 
 
-def augment_batch(images: Tensor, transform: Callable[[Tensor], Tensor], seed: int, epoch: int, step: int) -> Tensor:
-    """Apply `transform` to each of the uint8 NCHW `images`, each with its own draw, decided by (seed, epoch, step) alone."""
+def augment_batch(
+    images: Tensor, transform: Callable[[Tensor], Tensor], seed: int, epoch: int, step: int, rows: Sequence[int] | None = None, of: int = 0
+) -> Tensor:
+    """Apply `transform` to each of the uint8 NCHW `images`, each with its own draw, decided by (seed, epoch, step) alone.
+
+    `rows`: the images are these of a batch `of` so many, and the draws of the others are passed over.
+    """
     with seeded(seed, "augment", epoch, step):
-        return torch.stack([transform(image) for image in images])
+        if rows is None:
+            return torch.stack([transform(image) for image in images])
+        at, found = {row: k for k, row in enumerate(rows)}, torch.empty_like(images)
+        for row in range(of):
+            if row in at:
+                found[at[row]] = transform(images[at[row]])
+            else:
+                _pass_over(transform, images[0])
+        return found
+
+
+def _pass_over(transform: Callable[[Tensor], Tensor], image: Tensor) -> None:
+    """Draw what `transform` would draw for an image of this shape, without the work where that is possible."""
+    from torchvision.transforms import v2
+
+    for step in transform.transforms if isinstance(transform, v2.Compose) else ():
+        if isinstance(step, v2.RandomCrop | v2.RandomResizedCrop | v2.ColorJitter):
+            step.make_params([image])
+        elif isinstance(step, v2.RandomHorizontalFlip | v2.RandomErasing):
+            if torch.rand(1) < step.p:
+                step.make_params([image])
+        else:  # it draws while it works
+            step(image)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from coppice.errors import CoppiceError
+from coppice.errors import DivergedError
 from coppice.recipe import Recipe
 
 PART, LEAST, MOST = 0.04, 16, 40  # steps of a rehearsal: a share of the run's, within bounds
@@ -38,7 +38,7 @@ CANDIDATES = (Candidate("sgd"), Candidate("sgd", 0.2), Candidate("adamw"), Candi
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A recipe with its optimiser and rate, and the loss on validation that its rehearsal ended with; infinite where it failed."""
+    """A recipe with its optimiser and rate, and the loss on validation that its rehearsal ended with; infinite where it diverged."""
 
     recipe: Recipe
     loss: float
@@ -47,15 +47,15 @@ class Rehearsed:
 def ranked(recipe: Recipe, steps: int, train: Callable[[Recipe], float]) -> list[Rehearsed]:
     """``recipe`` with every candidate; what to take first. ``train`` gives the loss on validation after ``steps`` steps by a recipe.
 
-    Raises CoppiceError if all fail.
+    Raises DivergedError if all do.
     """
     found: list[Rehearsed] = []
-    failure: CoppiceError | None = None
+    failure: DivergedError | None = None
     for candidate in CANDIDATES:
         tried = candidate.of(recipe)
         try:
             loss = train(replace(tried, epochs=1, ema=0.0))
-        except CoppiceError as error:  # a loss that is not finite: this rate is out of the question
+        except DivergedError as error:  # this rate is out of the question
             loss, failure = math.inf, error
         found.append(Rehearsed(tried, loss))
     if failure is not None and all(r.loss == math.inf for r in found):

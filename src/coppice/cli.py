@@ -6,11 +6,12 @@ Exit status: 0 done, 1 a fault of ours, 2 bad input or a target or floor that do
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ from coppice.cli_options import (
     Code,
     Criterion,
     DataSpec,
+    Device,
     Input,
     Mean,
     MinWidth,
@@ -47,6 +49,7 @@ from coppice.cli_options import (
 )
 from coppice.errors import CoppiceError
 from coppice.frameworks import names_keras
+from coppice.parallel import explained, joined, launched, leads, local_processes, meet, not_shared, says_it
 
 if TYPE_CHECKING:
     from coppice.config import RunConfig
@@ -60,6 +63,8 @@ app = typer.Typer(
     help="Prune a trained network, and prove it right.",
 )
 
+_SHARED = ("prune", "eval")  # the commands that several processes do together
+
 app.command()(cli_latency.measure)
 app.command()(cli_latency.predict)
 app.command()(cli_export.export)
@@ -72,8 +77,10 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def main(context: typer.Context, version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     del version
+    if context.invoked_subcommand not in _SHARED:
+        not_shared(f"coppice {context.invoked_subcommand}")
 
 
 @app.command()
@@ -253,6 +260,7 @@ def prune(
     mask_steps: MaskSteps = None,
     int8: Int8 = None,
     seed: Seed = None,
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Cut a model to a target, verify, fine-tune, evaluate, export, report."""
@@ -287,6 +295,7 @@ def evaluate(
     val_fraction: ValFraction = None,
     part: Annotated[str, typer.Option("--part", help="test, val or train")] = "test",
     seed: Seed = None,
+    device: Device = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -295,6 +304,7 @@ def evaluate(
     if part not in ("test", "val", "train"):
         raise CoppiceError(f"--part {part}: choose test, val or train")
     if names_keras(model, weights or "") or cli_keras.is_run(Path(model)):
+        not_shared("evaluating a Keras model")
         keras_settings = (
             settings_of(given, Path(model) / "config.toml") if Path(model).is_dir() else settings_of(given | {"model": model}, None)
         )
@@ -303,6 +313,7 @@ def evaluate(
         return
     from coppice.data import check_classes, load_data
     from coppice.evaluate import evaluate as measure
+    from coppice.forward import placed
     from coppice.loop import count_outputs
     from coppice.machine import usable_cores
     from coppice.models import load_model
@@ -316,13 +327,14 @@ def evaluate(
     config = settings_of(given, folder / CONFIG if is_run else None) if is_run else settings_of(given | {"model": model}, None)
     if not config.data:
         raise CoppiceError("name the data with --data")
-    with fixed_threads(config.threads or usable_cores()), _terminal().bar("measuring") as advance:
+    cores = max(1, usable_cores() // local_processes())
+    with joined(config.device), fixed_threads(config.threads or cores), _terminal().bar("measuring") as advance:
         network = load(folder) if is_run else load_model(model, Path(weights) if weights else None, num_classes).eval()
         images = load_data(
             config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits
         )
         check_classes(images, count_outputs(network, images))
-        found = measure(network, getattr(images, part), images.preprocess, progress=advance)
+        found = measure(network.to(placed(config.device)), getattr(images, part), images.preprocess, progress=advance)
     cli_print.print_metrics(part, found, images.classes, as_json)
 
 
@@ -345,6 +357,7 @@ def _prune(settings: RunConfig, out: Path) -> Result[Any]:
         if not value:
             raise CoppiceError(f"{flag} is missing")
     if settings.is_keras:
+        not_shared("pruning a Keras model")
         return cli_keras.prune(settings, out, _terminal())
     from coppice.loop import prune_run
 
@@ -353,6 +366,7 @@ def _prune(settings: RunConfig, out: Path) -> Result[Any]:
 
 def _resume(run: Path) -> Result[Any]:
     if cli_keras.is_run(run):
+        not_shared("pruning a Keras model")
         return cli_keras.resume(run, _terminal())
     from coppice.loop import resume
 
@@ -369,6 +383,7 @@ def _finish(folder: Path, work: Callable[[], Result[Any]]) -> None:
     else:
         _complain(result.statement)
     typer.echo(f"report: {folder / 'report.html'}")
+    meet()
     raise typer.Exit(0 if result.met else 2)
 
 
@@ -384,6 +399,8 @@ def _guarded(folder: Path | None) -> Iterator[None]:
     except (CoppiceError, typer.Exit, ModuleNotFoundError):
         raise
     except Exception as error:
+        if isinstance(meant := explained(error), CoppiceError):
+            raise meant from error
         _complain(_fault(error, folder if folder and folder.is_dir() else Path(tempfile.gettempdir())))
         raise typer.Exit(1) from None
 
@@ -396,17 +413,28 @@ def _fault(error: Exception, folder: Path) -> str:
 
 
 def _complain(sentence: str) -> None:
-    print(f"coppice: {' '.join(sentence.split())}", file=sys.stderr)
+    """Say what ended the command; of several processes that it ended, one does."""
+    if says_it():
+        print(f"coppice: {' '.join(sentence.split())}", file=sys.stderr)
 
 
 def _terminal() -> Any:
-    from coppice.progress import Terminal
+    from coppice.progress import Silent, Terminal
 
-    return Terminal()
+    return Terminal() if leads() else Silent()
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line and answer its exit status: every failure is one sentence on stderr."""
+    """Run the command line and answer its exit status: every failure is one sentence on stderr. Of several processes one speaks."""
+    if launched():  # before PyTorch is imported: gradients that not every step needs are waited for, and it notes that each time
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if leads():
+        return _run(arguments)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         status = app(args=list(arguments), standalone_mode=False)
         return status if isinstance(status, int) else 0

@@ -20,11 +20,13 @@ from coppice.errors import CoppiceError
 from coppice.frameworks import names_keras
 from coppice.machine import machine, usable_cores, versions
 from coppice.masks import MaskRecipe
+from coppice.parallel import local_processes
 from coppice.preprocess import Preprocess
 from coppice.recipe import Recipe
 from coppice.targets import Target, parse_target
 
 REGULARISATIONS = ("group-lasso", "slimming", "l1", "l2", "growing", "soft")
+DEVICES = ("auto", "cpu", "cuda")
 MEASURED = "measured"  # how many indices of each axis go is decided by what each cut does to the outputs, whatever the criterion
 _MOST_THREADS = 1024  # not what this machine has: a run is repeated with the threads it was made with, and far more crash PyTorch
 DISTILL = 0.9  # a loop always has the dense model at hand, and its soft labels are worth more than they cost
@@ -65,7 +67,8 @@ class RunConfig:
     int8: bool = False  # quantise the exported model at the end
     recipe: Recipe = field(default_factory=lambda: Recipe(distill=DISTILL))
     seed: int = 0
-    threads: int = 0  # 0: one a core; stored as the number used
+    device: str = "auto"  # what trains and evaluates: "cpu", "cuda" (under torchrun one GPU a process), or "auto": GPUs where there are
+    threads: int = 0  # of a process; 0: one a core; stored as the number used
 
     def __post_init__(self) -> None:
         _check(self)
@@ -95,7 +98,9 @@ class RunConfig:
         code = str(Path(self.code).resolve()) if self.code else ""
         weights = str(Path(self.weights).resolve()) if self.weights else ""
         data = str(Path(self.data).resolve()) if self.data and Path(self.data).exists() else self.data
-        return replace(self, model=model, code=code, weights=weights, data=data, threads=self.threads or usable_cores())
+        return replace(
+            self, model=model, code=code, weights=weights, data=data, threads=self.threads or max(1, usable_cores() // local_processes())
+        )
 
     @property
     def is_keras(self) -> bool:
@@ -121,6 +126,7 @@ def _check(config: RunConfig) -> None:
         ),
         (all(size > 0 for size in config.input), f"--input {config.input}: every size must be 1 or more"),
         (config.num_classes >= 0, f"--num-classes {config.num_classes}: it must be 1 or more"),
+        (config.device in DEVICES, f"--device {config.device}: choose one of {', '.join(DEVICES)}"),
         (0 <= config.threads <= _MOST_THREADS, f"--threads {config.threads}: it must be 1 to {_MOST_THREADS}"),
         (0 <= config.seed < 2**63, f"--seed {config.seed}: it must be 0 or more, and less than 2^63"),
     ]

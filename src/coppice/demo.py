@@ -59,7 +59,7 @@ def demo_config(folder: Path) -> RunConfig:
     """Half the MACs, at most two points of top-1; fp32 and one thread, so that it gives the same numbers on every run of one machine."""
     return RunConfig(
         model=f"{Path(__file__).resolve()}:digits_net", weights=str(folder / "dense.safetensors"), data="digits", val_fraction=0.2,
-        preprocess=Preprocess(mean=(0.3,), std=(0.38,)), target=parse_target("macs=0.5"), max_drop=2.0, threads=1,
+        preprocess=Preprocess(mean=(0.3,), std=(0.38,)), target=parse_target("macs=0.5"), max_drop=2.0, threads=1, device="cpu",
         recipe=Recipe(epochs=6, lr=0.02, batch_size=64, precision="fp32"),
     )  # fmt: skip
 

@@ -62,14 +62,17 @@ class Features:
         for seen in self._seen:
             seen.clear()
 
-    def loss(self) -> Tensor:
-        """Squared error relative to the variance of the teacher's features, mean over the layers that ran; then the batch is forgotten."""
+    def loss(self, variance: Callable[[Tensor], Tensor] = torch.var) -> Tensor:
+        """Squared error relative to the variance of the teacher's features, mean over the layers that ran; then the batch is forgotten.
+
+        `variance` is that of a whole batch, of which only a part may be here.
+        """
         student, teacher = self._seen
         terms = []
         for name, ours in student.items():
             theirs = _kept(teacher[name], ours.shape, self._keep.get(name)) if name in teacher else None
             if theirs is not None:
-                terms.append((ours.float() - theirs).square().mean() / theirs.var().clamp_min(_TINY))
+                terms.append((ours.float() - theirs).square().mean() / variance(theirs).clamp_min(_TINY))
         self.clear()
         if not terms:
             raise CoppiceError("no layer of the pruned model gives features of the dense layer's shape: set features to 0")

@@ -9,5 +9,9 @@ class UnreachableError(CoppiceError):
     """No cut is small enough for the target."""
 
 
+class DivergedError(CoppiceError):
+    """A training whose loss is not finite any more."""
+
+
 class VerificationError(CoppiceError):
     """The pruned model does not compute what the plan promises; names the axis, the op and the module."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,14 @@ def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU if it has none."""
     first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def placed(asked: str) -> torch.device:
+    """Where this process trains and evaluates, for a device of `coppice.config.DEVICES`. Raises CoppiceError if that is not there."""
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))
+    if asked == "cuda" and gpu >= torch.cuda.device_count():
+        raise CoppiceError("--device cuda: PyTorch finds no GPU for this process, give --device cpu")
+    return torch.device("cuda", gpu) if asked != "cpu" and gpu < torch.cuda.device_count() else torch.device("cpu")
 
 
 def logits(output: object) -> Tensor:

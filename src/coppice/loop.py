@@ -31,17 +31,18 @@ from coppice.depth_search import worthwhile
 from coppice.errors import CoppiceError, UnreachableError
 from coppice.finish import finish
 from coppice.floor import has_seen_validation
-from coppice.forward import device_of, logits
+from coppice.forward import device_of, logits, placed
 from coppice.machine import usable_cores
 from coppice.mask_stage import grown, levels, masked
 from coppice.masks import NOTHING, sites
 from coppice.models import load_model, one_line
+from coppice.parallel import current, joined, leads
 from coppice.pictures import check_renderer
 from coppice.planning import Plan
 from coppice.progress import Progress, Silent
 from coppice.regularise_stage import regularised
 from coppice.result import Result
-from coppice.run import CONFIG, METRICS, PLAN, Run, check_manifest, check_out, create_run, load, read_json, resume_run
+from coppice.run import CONFIG, METRICS, PLAN, Run, check_manifest, check_out, create_run, load, opened, read_json, resume_run
 from coppice.schedule_stage import trained_and_cut
 from coppice.schedules import cut_epochs
 from coppice.seeding import seeded
@@ -51,6 +52,7 @@ from coppice.stages import (
     Snapshot,
     TrainFunction,
     Workbench,
+    as_the_first,
     cut,
     dense_snapshot,
     example_input,
@@ -94,28 +96,33 @@ def prune(
     if device_of(dense).type != "cpu":
         raise CoppiceError(f"the model is on {device_of(dense)}: move it to the CPU (your own training function may use any device)")
     with ExitStack() as stack:
+        world = stack.enter_context(joined(config.device))
         stack.enter_context(threads(config.threads))
-        path = Path(out) if out else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coppice-")))
-        _check_feasible(dense, images, config)
-        run = stack.enter_context(create_run(path, config))
-        result = _work(dense, images, run, train, progress or Silent())
+        as_the_first(dense)
+        made = Path(out) if out else None
+        path = made or world.first(lambda: Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coppice-"))))
+        world.first(lambda: _check_feasible(dense, images, config))
+        run = stack.enter_context(opened(lambda: create_run(path, config)))
+        result = _work(dense, images, run, train, progress if progress and leads() else Silent())
+        world.numbers([0.0])  # a temporary folder stays until all have read it
     return result if out else replace(result, path=None)
 
 
 def prune_run(config: RunConfig, out: Path, *, progress: Progress) -> Result[nn.Module]:
     """Prune what the configuration names into the folder `out`. Bad input is found before the folder is made."""
     config = config.absolute()
-    check_out(out, config)
-    with threads(config.threads):
+    with joined(config.device) as world, threads(config.threads):
+        world.first(lambda: check_out(out, config))
         dense, data = open_inputs(config)
-        _check_feasible(dense, data, config)
-        with create_run(out, config) as run:
+        world.first(lambda: _check_feasible(dense, data, config))
+        with opened(lambda: create_run(out, config)) as run:
             return _work(dense, data, run, None, progress)
 
 
 def resume(out: Path, *, progress: Progress) -> Result[nn.Module]:
     """Go on with a run from where it stopped; a finished one is only read."""
-    with resume_run(out) as run, threads(run.config.threads or usable_cores()):
+    device = load_config(out / CONFIG)[0].device if (out / CONFIG).exists() else "auto"
+    with joined(device), opened(lambda: resume_run(out)) as run, threads(run.config.threads or usable_cores()):
         if not run.config.model:
             raise CoppiceError(f"--resume {out}: the run was started from Python, call coppice.prune again with out={str(out)!r}")
         dense, data = open_inputs(run.config)
@@ -217,18 +224,20 @@ def count_outputs(dense: nn.Module, data: Data) -> int:
 
 
 def _work(dense: nn.Module, data: Data, run: Run, train: TrainFunction | None, progress: Progress) -> Result[nn.Module]:
-    if run.complete:
-        check_manifest(run.path)
+    world = current()
+    if world.first(lambda: run.complete):
+        world.first(lambda: check_manifest(run.path))
         progress.say(f"{run.path} is finished already")
     else:
         coupling = couple(capture(dense, (example_input(data),)))
-        bench = Workbench(dense, data, coupling, coupling.cost(), run, progress, train)
+        bench = Workbench(dense, data, coupling, coupling.cost(), run, progress, train, device=placed(run.config.device))
         if run.config.target.setting is not None:
             bench = on_the_clock(bench, run.config.target.setting)
         history = [dense_snapshot(bench)]
         progress.say(f"dense: {humanise(bench.cost.macs, 'macs')} MACs, validation top-1 {history[0].top1:.2f} %")
         reached = _with_masks(bench, history, _narrowed(bench, history))
-        finish(bench, history, reached, *_verdict(bench, history[0], reached))
+        met, statement = _verdict(bench, history[0], reached)
+        world.first(lambda: finish(bench, history, reached, met, statement))
     plan = Plan.from_json((run.path / PLAN).read_text(encoding="utf-8"))
     return Result(load(run.path, copy.deepcopy(dense)), plan, read_json(run.path / METRICS), run.path)
 

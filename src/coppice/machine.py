@@ -26,6 +26,7 @@ PACKAGES = (
     "torch",
     "torchvision",
     "timm",
+    "lightning-fabric",
     "safetensors",
     "onnx",
     "onnxscript",

@@ -65,13 +65,14 @@ def grown(bench: Workbench, name: str, before: Snapshot, epochs: int, recipe: Ma
     def work() -> Json:
         model = materialise(bench, before)
         coupling = couple(capture(model, (example_input(bench.data),)))
+        model.to(bench.device)
         growing = Growing(model, sites(coupling)[0], recipe)
         results = trained(bench, name, model, before, epochs, along=growing)
         step = plan_of(coupling, growing.finish())
         said = {"epochs": epochs, "training": [asdict(result) for result in results], "optimizer": how_trained(bench, before, epochs)}
         return _noted(bench, name, before, model, coupling, step, recipe, said)
 
-    return as_snapshot(bench.run.stage(name, work))
+    return as_snapshot(bench.run.stage(name, work, shared=True))
 
 
 def levels(recipe: MaskRecipe) -> list[MaskRecipe]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from coppice.errors import CoppiceError
 from coppice.planning import make_plan
 from coppice.run import Json
-from coppice.stages import Snapshot, Workbench, as_snapshot, how_trained, materialise, steps_of, trained, validate
+from coppice.stages import Snapshot, Workbench, as_snapshot, how_trained, steps_of, to_train, trained, validate
 from coppice.torch.regularise import regulariser
 
 
@@ -19,7 +19,7 @@ def regularised(bench: Workbench, name: str, before: Snapshot, epochs: int, budg
         raise CoppiceError("--regularise can't reach into your own training function: call reg.step() there (coppice.regulariser)")
 
     def work() -> Json:
-        model = materialise(bench, before)
+        model = to_train(bench, before)
         known = {key: budget for key, budget in budgets.items() if key != "latency"}
         steps = epochs * steps_of(bench)
         reg = regulariser(
@@ -36,4 +36,4 @@ def regularised(bench: Workbench, name: str, before: Snapshot, epochs: int, budg
         done: Json = {"epochs": epochs, "training": training, "optimizer": how_trained(bench, before, epochs)}
         return asdict(replace(before, stage=name, plan=plan, state=state, val=val, regularised=facts, **done))
 
-    return as_snapshot(bench.run.stage(name, work))
+    return as_snapshot(bench.run.stage(name, work, shared=True))

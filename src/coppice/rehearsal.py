@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coppice.candidates import Rehearsed, ranked
 from coppice.data import Batches, ImageData, Loaders, sample_order
+from coppice.loaders import sampler_of
 from coppice.recipe import Recipe
 
 JUDGED = 1024  # validation images, or as many as come in whole batches of a user's loader
@@ -31,11 +32,15 @@ class _Some:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def sampler(self) -> object:
+        return sampler_of(self.loader)
+
 
 def rehearse(model: nn.Module, data: ImageData | Loaders, recipe: Recipe, steps: int, seed: int, train: Trained) -> list[Rehearsed]:
     """``recipe`` with every candidate, trained for ``steps`` steps of the optimiser on a copy of ``model``; what to take first.
 
-    Raises CoppiceError if all fail.
+    Raises DivergedError if all do.
     """
     part = _part(data, recipe, steps, seed)
     return ranked(recipe, steps, lambda tried: train(copy.deepcopy(model), part, tried))

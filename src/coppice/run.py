@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from coppice.config import RunConfig, dump_config, load_config, sha256
 from coppice.errors import CoppiceError
+from coppice.parallel import current
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,34 +42,47 @@ Json = dict[str, Any]
 
 
 class Run:
-    """An open run folder, locked by this process. Made by `create_run` or `resume_run`; use it as a context manager."""
+    """An open run folder, locked by this process. Made by `create_run` or `resume_run`; use it as a context manager.
 
-    def __init__(self, path: Path, config: RunConfig, lock: int) -> None:
+    Of several processes (`coppice.parallel`) the first holds the lock and writes; the others follow its journal: see `opened`.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, lock: int | None, journal: Json | None = None) -> None:
         self.path = path
         self.config = config
         self._lock = lock
-        journal = path / JOURNAL
-        self._journal: Json = read_json(journal) if journal.exists() else {}
+        written = path / JOURNAL
+        self._journal: Json = journal if journal is not None else read_json(written) if written.exists() else {}
         if not all(isinstance(entry, dict) and entry.keys() >= {"result", "seconds"} for entry in self._journal.values()):
-            raise CoppiceError(f"{journal} is not as the run wrote it, start the run again in another folder")
+            raise CoppiceError(f"{written} is not as the run wrote it, start the run again in another folder")
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     @property
     def complete(self) -> bool:
         return (self.path / MANIFEST).exists()
 
-    def stage(self, name: str, compute: Callable[[], Json]) -> Json:
-        """The result of a stage: from the journal, or computed now and journalled. Always what JSON gives back, seconds included."""
+    def stage(self, name: str, compute: Callable[[], Json], *, shared: bool = False) -> Json:
+        """The result of a stage: from the journal, or computed now and journalled. Always what JSON gives back, seconds included.
+
+        `shared`: all processes compute it together; else the first does, without asking for other stages, and tells the others.
+        """
         if name not in self._journal:
             began = time.perf_counter()
-            result = json.loads(json.dumps(compute()))
-            self._journal[name] = {"result": result, "seconds": round(time.perf_counter() - began, 3)}
-            write_text(self.path / JOURNAL, json.dumps(self._journal, indent=1))
+            found = compute() if shared else None
+
+            def journalled() -> Json:
+                result = json.loads(json.dumps(found if shared else compute()))
+                entry = {"result": result, "seconds": round(time.perf_counter() - began, 3)}
+                write_text(self.path / JOURNAL, json.dumps({**self._journal, name: entry}, indent=1))
+                return entry
+
+            self._journal[name] = current().first(journalled)
         entry: Json = self._journal[name]["result"]
         return entry
 
@@ -79,8 +93,16 @@ class Run:
     def save_state(self, name: str, tensors: Mapping[str, Tensor]) -> Json:
         """Store weights between stages; the answer goes into the stage's result, `load_state` takes it back."""
         path = self.state_path(name)
-        write_tensors(path, tensors)
-        return {"file": path.name, "sha256": sha256(path)}
+
+        def written() -> Json:
+            write_tensors(path, tensors)
+            return {"file": path.name, "sha256": sha256(path)}
+
+        return current().first(written)
+
+    def discard(self, name: str) -> None:
+        """Remove what a stage kept at `state_path`."""
+        current().first(lambda: self.state_path(name).unlink(missing_ok=True))
 
     def load_state(self, reference: Mapping[str, str]) -> dict[str, Tensor]:
         path = self.path / STATE / reference["file"]
@@ -98,6 +120,22 @@ class Run:
         present = [name for name in (CONFIG, *OUTPUTS) if (self.path / name).exists()]
         write_text(self.path / MANIFEST, json.dumps({name: sha256(self.path / name) for name in present}, indent=1) + "\n")
         shutil.rmtree(self.path / STATE, ignore_errors=True)
+
+
+def opened(make: Callable[[], Run]) -> Run:
+    """The run that `make` opens, which only the first process does. Raises CoppiceError where another does not see its folder."""
+    own: list[Run] = []
+
+    def first() -> tuple[Path, RunConfig, Json]:
+        own.append(make())
+        return own[0].path.resolve(), own[0].config, own[0]._journal
+
+    path, config, journal = current().first(first)
+    if own:
+        return own[0]
+    if not (path / CONFIG).exists():
+        raise CoppiceError(f"process {current().rank} does not see {path}: all processes need the same file system")
+    return Run(path, config, None, journal)
 
 
 def create_run(path: Path, config: RunConfig) -> Run:

@@ -9,7 +9,7 @@ from coppice.planning import kept_widths
 from coppice.recipe import described
 from coppice.run import Json
 from coppice.schedules import train_and_prune
-from coppice.stages import Snapshot, Workbench, as_snapshot, settled_recipe, validate
+from coppice.stages import Snapshot, Workbench, as_snapshot, at, settled_recipe, validate
 from coppice.train import EpochResult
 
 
@@ -27,7 +27,7 @@ def trained_and_cut(bench: Workbench, name: str, before: Snapshot) -> Snapshot:
         bench.progress.say(f"{name}: cuts after {', '.join(f'{share:.0%}' for share in config.cut_after)} of {config.recipe.epochs} epochs")
         recipe = settled_recipe(bench, before, config.recipe.epochs, taught=False)
         found = train_and_prune(
-            bench.dense, bench.data, recipe, config.target, at=config.cut_after,
+            at(bench.device, bench.dense), bench.data, recipe, config.target, at=config.cut_after,
             criterion=config.criterion, round_to=config.round_to, min_width=config.min_width, seed=config.seed,
             calibration=config.calibration, on_epoch=told, checkpoint=bench.run.state_path(f"{name}.checkpoint"),
         )  # fmt: skip
@@ -41,4 +41,4 @@ def trained_and_cut(bench: Workbench, name: str, before: Snapshot) -> Snapshot:
             )
         )  # fmt: skip
 
-    return as_snapshot(bench.run.stage(name, work))
+    return as_snapshot(bench.run.stage(name, work, shared=True))

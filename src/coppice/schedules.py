@@ -20,6 +20,8 @@ from coppice.coupling import couple
 from coppice.criteria import batch_of, score
 from coppice.data import ImageData, Loaders, sample_batches
 from coppice.errors import CoppiceError
+from coppice.forward import device_of
+from coppice.parallel import current, joined
 from coppice.planning import Plan, compose
 from coppice.planning import make_plan as plan_that_keeps
 from coppice.recipe import Recipe
@@ -29,6 +31,7 @@ from coppice.torch.apply import apply, load_exactly, slice_optimizer_state
 from coppice.torch.capture import capture
 from coppice.torch.verify import verify
 from coppice.train import EpochResult, choose, fine_tune, fitting, make_optimizer
+from coppice.verification import Verification
 
 
 @dataclass(frozen=True)
@@ -69,30 +72,51 @@ def train_and_prune(
         raise CoppiceError("a cut in the midst of a training needs a target of MACs, parameters or bytes, such as macs=0.5")
     ends = cut_epochs(at, recipe.epochs)
     now, history, checks, worst = copy.deepcopy(model), list[EpochResult](), list[str](), 0.0
-    recipe = fitting(data, recipe)
-    if recipe.open:
-        recipe = choose(now, data, recipe, teacher=teacher, plan=None, seed=seed)[0].recipe
-    optimizer = make_optimizer(now, recipe)
-    coupling = couple(capture(now.eval(), (example_input(data),)))
-    dense, whole = coupling.cost(), plan_that_keeps(coupling, {})
-    for k, span in enumerate(itertools.pairwise([0, *ends, recipe.epochs])):
-        part = checkpoint.with_name(f"{checkpoint.stem}.{k}{checkpoint.suffix}") if checkpoint else None
-        history += fine_tune(
-            now, data, recipe, teacher=teacher, plan=whole, seed=seed, on_epoch=on_epoch, span=span, optimizer=optimizer, checkpoint=part
-        )
-        if span[1] < recipe.epochs:
-            share = (k + 1) / len(ends)
-            budgets = {key: getattr(dense, key) * (b / getattr(dense, key)) ** share for key, b in wanted.resolve(dense).items()}
-            coupling = couple(capture(now.eval(), (example_input(data),)))
-            batches = sample_batches(data.train, preprocessing(data), images=calibration, seed=seed, batch_size=batch_of(criterion))
-            step = make_plan(coupling, score(now, coupling, criterion, batches, seed=seed), budgets, round_to=round_to, min_width=min_width)
-            smaller = apply(now, step)
-            found = verify(now, smaller, coupling, step)
-            checks, worst = [*checks, *(f"cut after epoch {span[1]}: {line}" for line in found.checked)], max(worst, found.max_error)
-            fresh = make_optimizer(smaller, recipe)
-            fresh.load_state_dict(slice_optimizer_state(optimizer, now, smaller, step))
-            now, optimizer, whole = smaller, fresh, compose(whole, step)
+    with joined(device_of(model).type):
+        recipe = fitting(data, recipe)
+        if recipe.open:
+            recipe = choose(now, data, recipe, teacher=teacher, plan=None, seed=seed)[0].recipe
+        coupling = couple(capture(now.cpu().eval(), (example_input(data),)))
+        dense, whole = coupling.cost(), plan_that_keeps(coupling, {})
+        optimizer = make_optimizer(now.to(device_of(model)), recipe)
+        for k, span in enumerate(itertools.pairwise([0, *ends, recipe.epochs])):
+            part = checkpoint.with_name(f"{checkpoint.stem}.{k}{checkpoint.suffix}") if checkpoint else None
+            history += fine_tune(
+                now, data, recipe, teacher=teacher, plan=whole, seed=seed, on_epoch=on_epoch, span=span, optimizer=optimizer,
+                checkpoint=part,
+            )  # fmt: skip
+            if span[1] < recipe.epochs:
+                share = (k + 1) / len(ends)
+                budgets = {key: getattr(dense, key) * (b / getattr(dense, key)) ** share for key, b in wanted.resolve(dense).items()}
+                smaller, step, found = _cut(now, data, budgets, criterion, round_to, min_width, seed, calibration)
+                checks, worst = [*checks, *(f"cut after epoch {span[1]}: {line}" for line in found.checked)], max(worst, found.max_error)
+                fresh = make_optimizer(smaller.to(device_of(model)), recipe)
+                fresh.load_state_dict(slice_optimizer_state(optimizer, now, smaller, step))
+                now, optimizer, whole = smaller, fresh, compose(whole, step)
     return Trained(now, whole, tuple(history), tuple(checks), worst)
+
+
+def _cut(
+    model: nn.Module,
+    data: ImageData | Loaders,
+    budgets: Mapping[str, float],
+    criterion: str,
+    round_to: int,
+    min_width: int,
+    seed: int,
+    calibration: int,
+) -> tuple[nn.Module, Plan, Verification]:
+    """A smaller copy of `model`, which goes to the CPU for it; the plan is the first process's, and so is the proof."""
+    coupling = couple(capture(model.cpu().eval(), (example_input(data),)))
+
+    def planned() -> Plan:
+        batches = sample_batches(data.train, preprocessing(data), images=calibration, seed=seed, batch_size=batch_of(criterion))
+        scores = score(model, coupling, criterion, batches, seed=seed)
+        return make_plan(coupling, scores, budgets, round_to=round_to, min_width=min_width)
+
+    step = current().first(planned)
+    smaller = apply(model, step)
+    return smaller, step, current().first(lambda: verify(model, smaller, coupling, step))
 
 
 def cut_epochs(at: Sequence[float], epochs: int) -> list[int]:

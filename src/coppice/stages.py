@@ -28,9 +28,11 @@ from coppice.deadline import Clock, OnTime, plan_on_time, start_clock
 from coppice.depth_search import shallower
 from coppice.errors import CoppiceError, UnreachableError
 from coppice.evaluate import evaluate, reestimate_batchnorm
+from coppice.forward import device_of
 from coppice.latency import LatencyModel, latency_model
 from coppice.mending import Recovery
 from coppice.metrics import Metrics
+from coppice.parallel import current
 from coppice.planning import Plan, compose, kept_widths
 from coppice.progress import Progress
 from coppice.recipe import Recipe, described
@@ -51,6 +53,7 @@ from coppice.verification import Verification
 REPAIRED_AT_ONCE = 32  # images in step: few enough for large maps to fit in memory, many enough for small ones to keep a core busy
 JUDGED = 1024  # validation images that criteria are compared on
 Data = ImageData | Loaders
+_CPU = torch.device("cpu")
 TrainFunction = Callable[[nn.Module, int], None]
 """A user's own training: (model, epochs) -> None, in place."""
 
@@ -66,7 +69,8 @@ class Workbench:
     run: Run
     progress: Progress
     train: TrainFunction | None
-    clock: Clock | None = None  # where the target asks for a latency
+    clock: Clock | None = None  # where the target asks for a latency; the first process's alone
+    device: torch.device = _CPU  # of training and evaluation
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def dense_snapshot(bench: Workbench) -> Snapshot:
     def measure() -> Json:
         return asdict(Snapshot("dense", None, None, bench.cost.to_dict(), validate(bench, bench.dense, "dense")))
 
-    return as_snapshot(bench.run.stage("dense", measure))
+    return as_snapshot(bench.run.stage("dense", measure, shared=True))
 
 
 def on_the_clock(bench: Workbench, setting: Setting) -> Workbench:
@@ -141,7 +145,8 @@ def on_the_clock(bench: Workbench, setting: Setting) -> Workbench:
             return {"seconds": start_clock(setting, shape, bench.dense, folder).seconds}
 
     seconds = bench.run.stage("dense latency", work)["seconds"]
-    return replace(bench, clock=start_clock(setting, shape, bench.dense, folder, seconds), cost=replace(bench.cost, latency=seconds))
+    clock = start_clock(setting, shape, bench.dense, folder, seconds) if current().rank == 0 else None
+    return replace(bench, clock=clock, cost=replace(bench.cost, latency=seconds))
 
 
 def cut(bench: Workbench, name: str, before: Snapshot, budgets: Mapping[str, float]) -> Snapshot:
@@ -364,7 +369,7 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
         return before
 
     def work() -> Json:
-        model = materialise(bench, before)
+        model = to_train(bench, before)
         held = None if before.plan is None else Held(model, unpacked(Plan.from_json(before.plan)))
         results = trained(bench, name, model, before, epochs, rate, enough, held)
         if held is not None:
@@ -374,14 +379,14 @@ def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float
         if worse:
             bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
         state = before.state if worse else bench.run.save_state(name, model.state_dict())
-        bench.run.state_path(f"{name}.checkpoint").unlink(missing_ok=True)
+        bench.run.discard(f"{name}.checkpoint")
         kept = before.val if worse else val
         how = how_trained(bench, before, epochs, rate)
         training = [asdict(result) for result in results]
         after = replace(before, stage=name, state=state, val=kept, epochs=epochs, training=training, optimizer=how, taken=not worse)
         return asdict(after)
 
-    return as_snapshot(bench.run.stage(name, work))
+    return as_snapshot(bench.run.stage(name, work, shared=True))
 
 
 def trained(
@@ -399,6 +404,7 @@ def trained(
     if bench.train is not None:
         with bench.progress.bar(f"{name}: fine-tuning with your own function"):
             bench.train(model, epochs)
+        as_the_first(model)
         return []
 
     def told(result: EpochResult) -> None:
@@ -412,7 +418,7 @@ def trained(
             model,
             bench.data,
             recipe,
-            teacher=bench.dense if recipe.taught else None,
+            teacher=at(bench.device, bench.dense) if recipe.taught else None,
             plan=None if before.plan is None else Plan.from_json(before.plan),
             seed=config.seed,
             checkpoint=bench.run.state_path(f"{name}.checkpoint"),
@@ -434,10 +440,11 @@ def test_metrics(bench: Workbench, snapshot: Snapshot) -> Json:
 
     def work() -> Json:
         with bench.progress.bar(f"{snapshot.stage}: measuring on the test split") as advance:
-            found = evaluate(materialise(bench, snapshot), bench.data.test, preprocessing(bench.data), progress=advance)
+            model = materialise(bench, snapshot).to(bench.device)
+            found = evaluate(model, bench.data.test, preprocessing(bench.data), progress=advance)
         return asdict(found)
 
-    return bench.run.stage(name, work)
+    return bench.run.stage(name, work, shared=True)
 
 
 def materialise(bench: Workbench, snapshot: Snapshot) -> nn.Module:
@@ -447,14 +454,32 @@ def materialise(bench: Workbench, snapshot: Snapshot) -> nn.Module:
     return build(copy.deepcopy(bench.dense), Plan.from_json(snapshot.plan), bench.run.load_state(snapshot.state)).eval()
 
 
+def to_train(bench: Workbench, snapshot: Snapshot) -> nn.Module:
+    """The model of a snapshot where it is to be trained: a training function of the user's own moves it by itself."""
+    return materialise(bench, snapshot).to(_CPU if bench.train else bench.device)
+
+
+def at(device: torch.device, model: nn.Module) -> nn.Module:
+    """`model`, which stays where it is, or a copy of it on another device."""
+    return model if device_of(model) == device else copy.deepcopy(model).to(device)
+
+
+def as_the_first(model: nn.Module) -> None:
+    """Give the model of every process the weights that the first process's has."""
+    if current().size > 1:
+        model.load_state_dict(current().first(lambda: {name: value.cpu() for name, value in model.state_dict().items()}))
+
+
 def _precision(bench: Workbench) -> Any:
     """The precision of fine-tuning; "auto" is settled once a run and journalled, because timings differ from one moment to the next."""
     recipe = bench.run.config.recipe
     if recipe.precision != "auto" or bench.train is not None:
         return recipe.precision
 
+    processes = current().size
+
     def measure() -> Json:
-        model, batch = copy.deepcopy(bench.dense), next(_calibration(bench, recipe.batch_size))
+        model, batch = at(bench.device, bench.dense), next(_calibration(bench, -(-recipe.batch_size // processes)))
         return {"precision": pick_precision(model, batch)}
 
     return bench.run.stage("precision", measure)["precision"]
@@ -470,16 +495,16 @@ def settled_recipe(bench: Workbench, before: Snapshot, epochs: int, rate: float 
 
     def work() -> Json:
         bench.progress.say("choosing an optimiser")
-        teacher = bench.dense if recipe.taught else None
+        teacher = at(bench.device, bench.dense) if recipe.taught else None
         plan = None if before.plan is None else Plan.from_json(before.plan)
-        tried = choose(materialise(bench, before), bench.data, recipe, teacher=teacher, plan=plan, seed=bench.run.config.seed)
+        tried = choose(to_train(bench, before), bench.data, recipe, teacher=teacher, plan=plan, seed=bench.run.config.seed)
         for rehearsed in tried:
             bench.progress.say(f"  {described(rehearsed.recipe)}: validation loss {rehearsed.loss:.3f}")
         first = tried[0].recipe
         return {"optimizer": first.optimizer, "lr": first.lr, "freeze_norm": first.freeze_norm}
 
     if recipe.open:
-        recipe = replace(recipe, **bench.run.stage("optimiser", work))
+        recipe = replace(recipe, **bench.run.stage("optimiser", work, shared=True))
     return replace(recipe, lr=recipe.peak_lr() * rate)
 
 
@@ -496,7 +521,7 @@ def _calibration(bench: Workbench, batch_size: int) -> Iterator[tuple[Tensor, Te
 def validate(bench: Workbench, model: nn.Module, name: str) -> Json:
     """Accuracy on the validation split."""
     with bench.progress.bar(f"{name}: measuring on the validation split") as advance:
-        found: Metrics = evaluate(model, bench.data.val, preprocessing(bench.data), progress=advance)
+        found: Metrics = evaluate(at(bench.device, model), bench.data.val, preprocessing(bench.data), progress=advance)
     return {"top1": found.top1, "top5": found.top5, "loss": found.loss, "n": found.n, "top1_ci95": list(found.top1_ci95)}
 
 

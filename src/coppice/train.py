@@ -2,14 +2,18 @@
 
 Everything random (order, augmentation, dropout) derives from (seed, epoch, step), and the learning rate from the step alone: so what was
 killed within an epoch goes on at the step that its checkpoint has.
+
+Several processes (`coppice.parallel`) each take their part of every batch; all that a batch means as a whole (the gradient, BatchNorm's
+statistics, the loss) is that of all parts, and their models stay alike.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +26,18 @@ from coppice.along import Along
 from coppice.augment import augment_batch, make_augmentation, make_mix, repeats
 from coppice.candidates import Rehearsed, rehearsal_steps
 from coppice.checkpoint import load_facts, load_state, save_checkpoint
-from coppice.data import ImageData, Loaders, batches, raw_batches, sample_batches
+from coppice.data import ImageData, Loaders, raw_batches, sample_batches
 from coppice.distillation import Features, prediction_loss
-from coppice.errors import CoppiceError
+from coppice.errors import CoppiceError, DivergedError
 from coppice.evaluate import evaluate
 from coppice.forward import device_of, forward, norms_with_statistics, pick_precision, training_layout, training_mode, weights_in
+from coppice.loaders import Batch, loader_batches
+from coppice.parallel import World, current, joined
 from coppice.planning import Plan
 from coppice.recipe import Recipe, augmentations
 from coppice.rehearsal import rehearse
 from coppice.seeding import generator, seeded
+from coppice.torch.whole_batch import WholeBatch, check_alike, variance
 
 __all__ = ["EpochResult", "Recipe", "fine_tune", "pick_precision"]
 
@@ -72,28 +79,27 @@ def fine_tune(
     `progress` is told the steps done and in all, `on_epoch` each epoch's result; an epoch that is `enough` is the last.
     `along` goes with every step (masks, a regulariser); it must have been made for `model`.
     `span`: only the epochs after the first number up to the second, of all that the recipe has; with `optimizer` as it was then.
+    Under torchrun all processes call this with the same model and data, and the functions that are told are called in each.
     Raises CoppiceError if the loss is not finite, the recipe needs a teacher, or the checkpoint is of another run.
     """
     if recipe.taught and teacher is None:
         raise CoppiceError("distillation needs the dense model as the teacher: pass it, or set distill and features to 0")
-    recipe = fitting(data, recipe)
-    steps = steps_per_epoch(data, recipe)
-    facts = _resume_facts(checkpoint, recipe, seed, steps)
-    x, y = _first_batch(data, recipe, device_of(model))
-    precision = facts["precision"] or (pick_precision(model, (x, y)) if recipe.precision == "auto" else recipe.precision)
-    recipe = replace(recipe, precision=precision)
-    if recipe.open:
-        chosen = facts["chosen"] or asdict(choose(model, data, recipe, teacher=teacher, plan=plan, seed=seed)[0].recipe)
-        facts |= {"chosen": chosen}
-        recipe = Recipe(**chosen)
-    layout = training_layout(model, x, y)
-    model.to(memory_format=layout)
-    optimizer = optimizer or make_optimizer(model, recipe)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema > 0 else None
-    history = [EpochResult(**result) for result in facts["history"]]
-    if checkpoint is not None and checkpoint.exists():
-        load_state(checkpoint, model, optimizer, average, along.tensors if along else {})
     with ExitStack() as stack:
+        world = stack.enter_context(joined(device_of(model).type))
+        recipe = fitting(data, recipe)
+        steps = _agreed_steps(data, recipe, world)
+        facts = world.first(lambda: _resume_facts(checkpoint, recipe, seed, steps))
+        recipe, layout = _settled(model, data, recipe, facts, world)
+        if recipe.open:
+            chosen = facts["chosen"] or asdict(choose(model, data, recipe, teacher=teacher, plan=plan, seed=seed)[0].recipe)
+            facts |= {"chosen": chosen}
+            recipe = Recipe(**chosen)
+        model.to(memory_format=layout)
+        optimizer = optimizer or make_optimizer(model, recipe)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema > 0 else None
+        history = [EpochResult(**result) for result in facts["history"]]
+        if checkpoint is not None and facts["precision"]:
+            load_state(checkpoint, model, optimizer, average, along.tensors if along else {})
         stack.callback(model.to, memory_format=torch.contiguous_format)
         stack.callback(optimizer.zero_grad)
         teacher = teacher if recipe.taught else None
@@ -102,13 +108,14 @@ def fine_tune(
         features = stack.enter_context(Features(model, teacher, plan)) if teacher is not None and recipe.features > 0 else None
 
         def save(within: _Within | None) -> None:
-            facts.update(precision=precision, history=[asdict(result) for result in history], within=asdict(within) if within else None)
-            if checkpoint is not None:
+            known = {"precision": recipe.precision, "history": [asdict(result) for result in history]}
+            facts.update(known, within=asdict(within) if within else None)
+            if checkpoint is not None and world.rank == 0:
                 save_checkpoint(checkpoint, model, optimizer, facts, average, along.tensors if along else {})
 
         within = _Within(**facts["within"]) if facts["within"] else _Within()
         keeping = (save, checkpoint_every) if checkpoint is not None else None
-        run = _Run(model, average, teacher, features, data, recipe, optimizer, layout, seed, steps, progress, along, keeping)
+        run = _Run(model, average, teacher, features, data, recipe, optimizer, layout, seed, steps, progress, along, keeping, world)
         first, last = span or (0, recipe.epochs)
         for epoch in range(first + len(history) + 1, last + 1):
             if history and enough is not None and enough(history[-1]):
@@ -121,6 +128,18 @@ def fine_tune(
         if average is not None and history:
             model.load_state_dict(average.module.state_dict())
     return history
+
+
+def _settled(
+    model: nn.Module, data: ImageData | Loaders, recipe: Recipe, facts: dict[str, Any], world: World
+) -> tuple[Recipe, torch.memory_format]:
+    """The recipe with its precision, and the memory layout: what trials say, in the first process."""
+    x, y = _first_batch(data, recipe, device_of(model))
+    if recipe.precision == "auto":
+        part = world.part(len(y))
+        precision = facts["precision"] or world.first(lambda: pick_precision(model, (x[part], y[part])))
+        recipe = replace(recipe, precision=precision)
+    return recipe, world.first(lambda: training_layout(model, x, y))
 
 
 def fitting(data: ImageData | Loaders, recipe: Recipe) -> Recipe:
@@ -192,6 +211,11 @@ class _Run:
     progress: Callable[[int, int], None] | None
     along: Along | None
     keeping: tuple[Callable[[_Within], None], float] | None  # how to write a checkpoint within an epoch, and after how many seconds
+    world: World
+
+    @cached_property
+    def objective(self) -> nn.Module:
+        return self.world.wrap(_Objective(self.model, self._loss))
 
     def epoch(self, epoch: int, within: _Within) -> EpochResult:
         """The epoch of this number, from where it was left."""
@@ -205,34 +229,40 @@ class _Run:
                 if self.recipe.freeze_norm:
                     freeze_norms(self.model)
                 rest = _train_batches(self.data, self.recipe, self.seed, epoch, device, within.steps)
-                for index, (x, y) in enumerate(rest, within.steps):
+                for index, batch in enumerate(rest, within.steps):
                     done = (epoch - 1) * self.steps + index
                     with seeded(self.seed, "step", epoch, index, device=device):
-                        losses += self._step(x, y, self.recipe.lr_at(done, total), f"epoch {epoch}, step {index + 1}")
+                        losses += self._step(batch, self.recipe.lr_at(done, total), f"epoch {epoch}, step {index + 1}")
                         self._beside(done + 1, total)
-                    if self.keeping is not None and time.perf_counter() - saved >= self.keeping[1]:
+                    if self.keeping is not None and self._clock(saved) >= self.keeping[1]:
                         self.keeping[0](_Within(index + 1, losses, time.perf_counter() - started))
                         saved = time.perf_counter()
                     if self.progress is not None:
                         self.progress(done + 1, total)
+                    if index + 1 in (within.steps + 1, self.steps):
+                        check_alike(self.world, self.model, f"epoch {epoch}, step {index + 1}")
             preprocess = self.data.preprocess if isinstance(self.data, ImageData) else None
             val = evaluate(
                 self.model if self.average is None else self.average.module, self.data.val, preprocess, precision=self.recipe.precision
             )
-        return EpochResult(epoch, losses / self.steps, val.top1, val.loss, lr, time.perf_counter() - started)
+        return EpochResult(epoch, losses / self.steps, val.top1, val.loss, lr, self._clock(started))
 
-    def _step(self, x: Tensor, y: Tensor, lr: float, where: str) -> float:
+    def _clock(self, since: float) -> float:
+        """Seconds by the first process's clock."""
+        return self.world.numbers([time.perf_counter() - since])[0][0]
+
+    def _step(self, batch: Batch, lr: float, where: str) -> float:
         """One step of the optimiser; returns the loss. A loss that is not finite is an error before it reaches the weights."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._loss(x, y)
-        value = float(loss.detach())
+        loss = self.objective(batch.x, batch.y, batch.part, batch.count)
+        value = sum(part for (part,) in self.world.numbers([float(loss.detach()) * batch.share]))
         if not math.isfinite(value):
-            raise CoppiceError(
+            raise DivergedError(
                 f"the training loss became {value} at {where} (learning rate {lr:.3g}): lower the learning rate, clip gradients or use fp32"
             )
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss * (batch.share * self.world.size))  # gradients are averaged over the processes, parts may differ
         if self.recipe.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
         self.optimizer.step()
@@ -245,7 +275,14 @@ class _Run:
         if self.average is not None:
             self.average.update_parameters(self.model)
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def _loss(self, x: Tensor, y: Tensor, part: slice, count: int) -> Tensor:
+        """The mean loss of `x`, which is this part of a batch of so many."""
+        if self.world.size == 1:
+            return self._loss_of(x, y, torch.var)
+        with WholeBatch(part, count):
+            return self._loss_of(x, y, variance)
+
+    def _loss_of(self, x: Tensor, y: Tensor, variance_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Cross-entropy, mixed with the divergence from the teacher's predictions, plus the distance from its features."""
         recipe = self.recipe
         if self.features is not None:
@@ -257,7 +294,19 @@ class _Run:
         with torch.no_grad(), training_mode(self.teacher, False):
             target = forward(self.teacher, x, recipe.precision, self.layout)
         loss = (1 - recipe.distill) * loss + recipe.distill * prediction_loss(z, target, recipe.temperature)
-        return loss if self.features is None else loss + recipe.features * self.features.loss()
+        return loss if self.features is None else loss + recipe.features * self.features.loss(variance_of)
+
+
+class _Objective(nn.Module):
+    """The loss, as a module with the model's parameters: wrapped as a whole, so that the gradients waited for are those of the loss."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor, slice, int], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, x: Tensor, y: Tensor, part: slice, count: int) -> Tensor:
+        return self._loss(x, y, part, count)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -276,25 +325,46 @@ def steps_per_epoch(data: ImageData | Loaders, recipe: Recipe) -> int:
     return steps
 
 
+def _agreed_steps(data: ImageData | Loaders, recipe: Recipe, world: World) -> int:
+    """Steps of an epoch. Raises CoppiceError where the processes' loaders differ in it, or a batch has no image for each process."""
+    steps = steps_per_epoch(data, recipe)
+    if any(other != steps for (other,) in world.numbers([steps])):
+        raise CoppiceError("the training loader has another length in each process: give all of them the same data")
+    if isinstance(data, ImageData) and recipe.batch_size < world.size:
+        raise CoppiceError(f"a batch of {recipe.batch_size} images can't be shared by {world.size} processes: give larger batches")
+    return steps
+
+
 def _train_batches(
     data: ImageData | Loaders, recipe: Recipe, seed: int, epoch: int, device: torch.device, skipped: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an epoch after the first `skipped`, which a user's own loader makes all the same."""
+) -> Iterator[Batch]:
+    """The batches of an epoch after the first `skipped`, which a user's own loader makes all the same; of each this process's part."""
+    world = current()
     if isinstance(data, Loaders):
-        yield from itertools.islice(batches(data.train, None, device=device), skipped, None)
+        yield from islice(loader_batches(data.train, world, epoch, device), skipped, None)
         return
     transform = make_augmentation(recipe.augment, data.input_shape, pad=recipe.crop_pad, mirror=data.mirror)
     mix = make_mix(recipe.augment, len(data.classes))
+    size, part = recipe.batch_size, world.part(recipe.batch_size)
+    rows = None if world.size == 1 else _rows(part, size, mix is not None)
     drawn: Sequence[int] = generator(seed, "order", epoch).permutation(len(data.train)).tolist()
-    order = [index for index in drawn for _ in range(repeats(recipe.augment))][: steps_per_epoch(data, recipe) * recipe.batch_size]
-    rest = raw_batches(data.train, order[skipped * recipe.batch_size :], recipe.batch_size)
-    for step, (images, labels) in enumerate(rest, skipped):
-        images = augment_batch(images, transform, seed, epoch, step)
+    order = [index for index in drawn for _ in range(repeats(recipe.augment))][: steps_per_epoch(data, recipe) * size]
+    rest = order[skipped * size :]
+    if rows is not None:
+        rest = [rest[start + row] for start in range(0, len(rest), size) for row in rows]
+    for step, (images, labels) in enumerate(raw_batches(data.train, rest, size if rows is None else len(rows)), skipped):
+        images = augment_batch(images, transform, seed, epoch, step, rows, size)
         x, y = data.preprocess.normalise(images.to(device)), labels.to(device)
         if mix is not None:
             with seeded(seed, "mix", epoch, step, device=device):
                 x, y = mix(x, y)
-        yield x, y
+        own = part.stop - part.start
+        yield Batch(x[-own:], y[-own:], part, size)
+
+
+def _rows(part: slice, size: int, mixed: bool) -> list[int]:
+    """The images of a batch that a process needs: its own, and with MixUp and CutMix the one before, as each is mixed with that."""
+    return [row % size for row in range(part.start - mixed, part.stop)]
 
 
 def _first_batch(data: ImageData | Loaders, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from coppice.errors import CoppiceError
+from coppice.errors import CoppiceError, DivergedError
 from coppice.keras.data import Batches, Images
 from coppice.keras.heads import activation_of
 from coppice.metrics import Metrics, wilson_interval
@@ -73,7 +73,7 @@ def evaluate(model: Any, part: Part, progress: Callable[[int, int | None], None]
             raise CoppiceError(f"the data has the label {int(y.max())}, the model {classes} outputs: give the data it was trained on")
         loss -= float(logs[np.arange(len(y)), y].sum())
         if not math.isfinite(loss):
-            raise CoppiceError("the model's loss is not finite: look for NaN or infinite weights or inputs")
+            raise DivergedError("the model's loss is not finite: look for NaN or infinite weights or inputs")
         order = np.argsort(-logs, axis=1, kind="stable")[:, : min(5, classes)]
         first = order[:, 0] == y
         right, top5, n = right + int(first.sum()), top5 + int((order == y[:, None]).any(1).sum()), n + len(y)

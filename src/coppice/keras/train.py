@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from coppice.errors import CoppiceError
+from coppice.errors import CoppiceError, DivergedError
 from coppice.keras.augment import AUGMENTATIONS, make_augmentation
 from coppice.keras.callbacks import Epochwise, Judge, Rates, Steps
 from coppice.keras.checkpoint import load_checkpoint, save_checkpoint
@@ -180,7 +180,7 @@ def fine_tune(
         epochs = {"initial_epoch": len(history), "epochs": recipe.epochs}
         pupil.fit(data, verbose=0, shuffle=False, callbacks=[*callbacks, Judge(told)], **epochs)
     if not all(np.isfinite(ops.convert_to_numpy(w.value)).all() for w in model.weights if "float" in str(w.dtype)):
-        raise CoppiceError("fine-tuning diverged: the weights are not finite; lower --lr")
+        raise DivergedError("fine-tuning diverged: the weights are not finite; lower --lr")
     return history
 
 
