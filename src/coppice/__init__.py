@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
     from coppice.front_ends import apply, capture, export, prune, verify
+    from coppice.keras.functional import as_functional
     from coppice.masks import MaskRecipe
     from coppice.modules import removable
     from coppice.planning import Plan, remove, remove_modules
@@ -36,6 +37,7 @@ _HOMES = {
     "Result": "coppice.result",
     "VerificationError": "coppice.errors",
     "apply": "coppice.front_ends",
+    "as_functional": "coppice.keras.functional",
     "capture": "coppice.front_ends",
     "couple": "coppice.coupling",
     "export": "coppice.front_ends",
@@ -61,9 +63,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "CoppiceError", "MaskRecipe", "Plan", "Result", "VerificationError", "apply", "capture", "couple", "export", "hold_masks",
-    "load", "load_sparse", "mask", "measure", "plan", "prune", "regulariser", "removable", "remove", "remove_modules", "repair", "rewind",
-    "save_sparse", "score", "sensitivity", "take_in", "train_and_prune", "verify",
+    "CoppiceError", "MaskRecipe", "Plan", "Result", "VerificationError", "apply", "as_functional", "capture", "couple", "export",
+    "hold_masks", "load", "load_sparse", "mask", "measure", "plan", "prune", "regulariser", "removable", "remove", "remove_modules",
+    "repair", "rewind", "save_sparse", "score", "sensitivity", "take_in", "train_and_prune", "verify",
 ]  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope
 
 from coppice.errors import CoppiceError
+from coppice.keras.functional import plain
 from coppice.keras.hdf5 import arrays_in
-from coppice.keras.walk import require_plain
 
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 RATIO = 100  # an archive that unpacks to more than this many times its size holds no weights
@@ -49,8 +49,7 @@ def load_keras(path: Path, code: Path | None = None) -> Any:
         model = keras.saving.load_model(path, safe_mode=True)
     except Exception as error:  # Keras, HDF5 and the backends have errors of their own
         raise CoppiceError(f"{path} can't be loaded by Keras {keras.__version__}: {one_line(error)}") from error
-    require_plain(model)
-    return model
+    return plain(model)
 
 
 def _unpack(path: Path) -> tuple[Any, bytes]:

@@ -13,8 +13,8 @@ import keras
 from coppice.errors import CoppiceError
 from coppice.frameworks import HDF5
 from coppice.keras.files import LARGEST_CONFIG, check_classes, check_size, load_keras, one_line, run_users_code
+from coppice.keras.functional import plain
 from coppice.keras.hdf5 import arrays_in, attributes_of
-from coppice.keras.walk import require_plain
 
 WEIGHTS = ".weights.h5"  # as Keras 3 calls a file of weights and nothing else
 
@@ -40,7 +40,7 @@ def open_model(spec: str, weights: str = "", code: str = "", num_classes: int = 
         raise CoppiceError(f"--weights {weights} are those of a Keras model: name it as FILE.keras, FILE.json or FILE.py:factory")
     if file is not None and held is not None:
         _take_weights(model, file, held)
-    return model
+    return plain(model)
 
 
 def _check_weights(path: Path) -> dict[str, int]:
@@ -78,7 +78,6 @@ def _of_json(path: Path, code: Path | None, held: int) -> Any:
         model = keras.saving.deserialize_keras_object({**config, "compile_config": None}, safe_mode=True)
     except Exception as error:  # Keras and the backends have errors of their own
         raise CoppiceError(f"{path} holds no model that Keras {keras.__version__} can build: {one_line(error)}") from error
-    require_plain(model)
     return model
 
 
@@ -96,7 +95,6 @@ def _made(path: Path, name: str, num_classes: int) -> Any:
         raise CoppiceError(f"{path}:{name} could not be built: {one_line(error)}") from error
     if not isinstance(model, keras.Model):
         raise CoppiceError(f"{path}:{name} makes a {type(model).__name__}, which is no Keras model: its weights are no {WEIGHTS} file")
-    require_plain(model)
     return model
 
 

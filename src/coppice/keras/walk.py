@@ -29,8 +29,8 @@ def require_plain(model: Any) -> None:
     """CoppiceError where the model is none whose structure can be read and rebuilt."""
     if not is_plain(model):
         raise CoppiceError(
-            f"{type(model).__name__} is a subclassed Keras model, whose code can't be rebuilt at other widths: "
-            "write it as a Functional or Sequential model"
+            f"{type(model).__name__} is a subclassed Keras model, which can't be built at other widths: "
+            "give coppice.as_functional(model), or write it as a Functional or Sequential model"
         )
     if function_of(model) is None:
         raise CoppiceError(f"the Keras model {model.name} has not been built: give it an Input, or call it once")
