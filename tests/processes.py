@@ -32,6 +32,7 @@ RECIPE = Recipe(
     epochs=2, lr=0.05, batch_size=33, precision="fp32", augment="crop+flip+colour+erasing+randaugment+mixup+cutmix",
     distill=0.5, features=0.1, ema=0.9, grad_clip=1.0, label_smoothing=0.1,
 )  # fmt: skip
+ONCE = replace(RECIPE, epochs=1)
 STEPS = 6
 
 
@@ -88,7 +89,8 @@ def resume_and_more(out: Path) -> None:
     for name, options in {"resumed": {"checkpoint": out / "checkpoint"}, "undisturbed": {}}.items():
         model, history = trained(data, RECIPE, **options)
         write(out, name, model, history)
-    write(out, "loaders", *trained(loaders(data, None), replace(RECIPE, epochs=1)))
+    write(out, "loaders", *trained(loaders(data, None), ONCE))
+    write(out, "bf16", *trained(data, replace(ONCE, precision="bf16")))
     with joined():
         if current().size > 1:
             told = {"layers": layers(), "sampled": sampled(data), "refused": refusals(data)}

@@ -328,7 +328,7 @@ def evaluate(
     if not config.data:
         raise CoppiceError("name the data with --data")
     cores = max(1, usable_cores() // local_processes())
-    with joined(config.device), fixed_threads(config.threads or cores), _terminal().bar("measuring") as advance:
+    with _guarded(None), joined(config.device), fixed_threads(config.threads or cores), _terminal().bar("measuring") as advance:
         network = load(folder) if is_run else load_model(model, Path(weights) if weights else None, num_classes).eval()
         images = load_data(
             config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits

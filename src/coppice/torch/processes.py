@@ -34,6 +34,7 @@ class Processes:
     """`coppice.parallel.World`. What is told goes between the processors; only gradients and statistics go between GPUs."""
 
     fabric: Any
+    telling: Any  # a group of its own: of a process group that the user made, the processors may be no part
     rank: int
     size: int
 
@@ -44,12 +45,18 @@ class Processes:
                 with alone():
                     told = work()
             except Exception as error:
-                self.fabric.broadcast(_failed(0, error))
+                self._tell(_failed(0, error))
                 raise
-        found = self.fabric.broadcast(told)
+        found = self._tell(told)
         if isinstance(found, _Failed):
             raise found.error
         return told if self.rank == 0 else found  # type: ignore[return-value]  # what the first has is not copied
+
+    def _tell(self, told: Any) -> Any:
+        """What the first process has."""
+        box = [told]
+        dist.broadcast_object_list(box, 0, group=self.telling)
+        return box[0]
 
     def together(self, work: Callable[[], T]) -> list[T]:
         failure: Exception | None = None
@@ -60,7 +67,7 @@ class Processes:
         except Exception as error:
             own, failure = _failed(self.rank, error), error
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, own)
+        dist.all_gather_object(found, own, group=self.telling)
         if failure is not None:
             raise failure
         for one in found:
@@ -71,7 +78,7 @@ class Processes:
     def numbers(self, own: Sequence[float]) -> list[list[float]]:
         mine = torch.tensor(own, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine)
+        dist.all_gather(found, mine, group=self.telling)
         return [one.tolist() for one in found]
 
     def part(self, count: int) -> slice:
@@ -119,7 +126,8 @@ def _join(kind: str) -> Processes:
     )
     fabric = Fabric(accelerator=kind, devices=local_processes(), num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")), strategy=strategy)
     fabric.launch()
-    return Processes(fabric, fabric.global_rank, fabric.world_size)
+    telling = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return Processes(fabric, telling, fabric.global_rank, fabric.world_size)
 
 
 def _kind(device: str) -> str:
