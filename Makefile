@@ -6,10 +6,13 @@ RUNTIME := .venv/.runtime
 DEVELOP := .venv/.develop
 KERAS := .venv-keras/.develop
 
-.PHONY: demo test lint format types clean
+.PHONY: demo docs-examples test lint format types clean
 
 demo: $(RUNTIME)
 	$(BIN)/coppice demo --out runs/demo --fresh
+
+docs-examples: $(KERAS) # the worked example of docs/keras.md, about 20 minutes of one core
+	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 .venv-keras/bin/python bench/keras_starter.py
 
 test: $(DEVELOP) $(KERAS)
 	$(BIN)/python -m pytest

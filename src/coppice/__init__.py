@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from coppice.criteria import score
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
-    from coppice.front_ends import apply, capture, export, prune, verify
+    from coppice.front_ends import apply, capture, export, prune, regulariser, repair, verify
     from coppice.keras.functional import as_functional
     from coppice.masks import MaskRecipe
     from coppice.modules import removable
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from coppice.sparse_file import load_sparse, save_sparse
     from coppice.timing import measure
     from coppice.torch.masking import hold_masks, mask, take_in
-    from coppice.torch.regularise import regulariser
-    from coppice.torch.repair import repair
 
 __version__ = "0.1.0"
 
@@ -49,10 +47,10 @@ _HOMES = {
     "plan": "coppice.allocate",
     "prune": "coppice.front_ends",
     "removable": "coppice.modules",
-    "regulariser": "coppice.torch.regularise",
+    "regulariser": "coppice.front_ends",
     "remove": "coppice.planning",
     "remove_modules": "coppice.planning",
-    "repair": "coppice.torch.repair",
+    "repair": "coppice.front_ends",
     "rewind": "coppice.schedules",
     "save_sparse": "coppice.sparse_file",
     "score": "coppice.criteria",

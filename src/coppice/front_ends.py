@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from coppice.errors import CoppiceError
 from coppice.frameworks import is_keras
 from coppice.graph import Graph
 from coppice.planning import Plan
+from coppice.refit import Refit
 from coppice.targets import Target
 
 if TYPE_CHECKING:
@@ -71,6 +73,32 @@ def prune(model: Any, data: Any, target: Any = Target(), **options: Any) -> Any:
     from coppice.loop import prune as prune_torch
 
     return prune_torch(model, data, target, **options)
+
+
+def repair(dense: Any, pruned: Any, coupling: Coupling, plan: Plan, batches: Iterable[Any], seed: int = 0) -> list[Refit]:
+    """Refit the layers of ``pruned`` in place on ``batches`` (model inputs, no labels), each only where it helps on held-out batches.
+
+    ``plan`` is what made ``pruned`` from ``dense``, ``coupling`` is ``dense``'s. A layer with very many inputs, or a weight that is read
+    twice, is left as it is. CoppiceError where there are no batches, or the two models don't run the same ops.
+    """
+    if is_keras(dense):
+        from coppice.keras.repair import repair as refit
+
+        return refit(dense, pruned, coupling, plan, batches, seed)
+    from coppice.torch.repair import repair as refit_torch
+
+    return refit_torch(dense, pruned, coupling, plan, batches, seed)
+
+
+def regulariser(model: Any, coupling: Coupling, kind: str = "group-lasso", *, steps: int, **options: Any) -> Any:
+    """What shrinks while a model trains for so many steps: `coppice.torch.regularise.regulariser`, or a callback for Keras's `fit`."""
+    if is_keras(model):
+        from coppice.keras.regularise import regulariser as callback
+
+        return callback(model, coupling, kind, steps=steps, **options)
+    from coppice.torch.regularise import regulariser as regulariser_torch
+
+    return regulariser_torch(model, coupling, kind, steps=steps, **options)
 
 
 def verify(model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Verification:

@@ -12,7 +12,6 @@ from keras import layers
 import coppice
 from coppice.keras.apply import weights_in
 from coppice.keras.recovery import recover
-from coppice.keras.repair import repair
 from coppice.keras.train import reestimate
 from coppice.keras.walk import variables_of
 from coppice.mending import AS_CUT, REESTIMATED, REFITTED
@@ -56,7 +55,7 @@ def test_a_layer_that_lost_nothing_that_matters_is_mended_exactly(layout: str) -
     kernels = {name: variable for name, variable in variables_of(spoilt).items() if name.endswith("kernel")}
     for variable in kernels.values():
         variable.assign(variable.value * 0.7)
-    done = {refit.weight: refit for refit in repair(model, spoilt, coupling, nothing, batches(layout, 24))}
+    done = {refit.weight: refit for refit in coppice.repair(model, spoilt, coupling, nothing, batches(layout, 24))}
     assert done.keys() == kernels.keys()
     assert all(refit.after < 1e-2 * refit.before for refit in done.values()), done
 

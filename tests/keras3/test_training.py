@@ -17,9 +17,9 @@ from coppice.keras.callbacks import Rates
 from coppice.keras.data import load_images
 from coppice.keras.evaluate import evaluate
 from coppice.keras.loop import prune
-from coppice.keras.regularise import regulariser
 from coppice.keras.train import Epoch, fine_tune
 from coppice.preprocess import Preprocess
+from coppice.progress import Silent
 from coppice.recipe import Recipe
 from coppice.shrinking import NEAR_ZERO
 
@@ -114,7 +114,7 @@ def test_what_has_to_go_is_shrunk(kind: str) -> None:
     coupling = coppice.couple(coppice.capture(model, (1, 6, 6, 1)))
     before = weights_in(model)
     target = {"macs": 0.2 * coupling.cost().macs}
-    reg = regulariser(model, coupling, kind, steps=40, target=target, round_to=1, min_width=1)
+    reg = coppice.regulariser(model, coupling, kind, steps=40, target=target, round_to=1, min_width=1)
     model.compile(keras.optimizers.SGD(0.0), "mse")
     model.fit(np.zeros((80, 6, 6, 1), "float32"), np.zeros((80, 3), "float32"), batch_size=2, verbose=0, callbacks=[reg])
     assert reg.done == 40
@@ -143,22 +143,44 @@ def test_a_run_with_regularisation_says_so(tmp_path: Path) -> None:
     assert "group-lasso" in (tmp_path / "run" / "report.html").read_text()
 
 
+class Heard(Silent):
+    """What was said; stops the run at a line that ends an epoch, if asked to."""
+
+    def __init__(self, stop_at: str = "never") -> None:
+        self.lines: list[str] = []
+        self.stop_at = stop_at
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+        if self.stop_at in text:
+            raise StoppedError
+
+
+def test_a_run_that_was_stopped_while_it_trains_loses_no_epoch(tmp_path: Path) -> None:
+    """In the regularised epochs, whose end depends on how many steps there were, and in those after the cut."""
+    data = load_images("digits", Preprocess())
+    few = (data.train.subset(np.arange(320)), data.val.subset(np.arange(64)), data.test.subset(np.arange(64)))
+    recipe = Recipe(epochs=4, batch_size=64, lr=0.05, optimizer="sgd", augment="none")
+    settings: dict[str, Any] = {"regularise": "l2", "strength": "4", "recipe": recipe, "calibration": 64}
+    net = small_net()
+    whole = prune(net, few, "macs=0.5", out=tmp_path / "whole", **settings)
+    heard = Heard("epoch 1 of 2")
+    for _ in range(2):  # once in either training
+        with pytest.raises(StoppedError):
+            prune(net, few, "macs=0.5", out=tmp_path / "stopped", progress=heard, **settings)
+    last = Heard()
+    again = prune(net, few, "macs=0.5", out=tmp_path / "stopped", progress=last, **settings)
+    assert sum("epoch 1 of 2" in line for line in (*heard.lines, *last.lines)) == 2
+    assert sum("epoch 2 of 2" in line for line in (*heard.lines, *last.lines)) == 2
+    assert again.plan == whole.plan
+    assert same(again.model, whole.model)
+
+
 def test_an_optimiser_is_rehearsed_where_none_is_named() -> None:
     data = load_images("digits", Preprocess())
     net = small_net()
     fine_tune(net, data.train, RECIPE, mirror=False, judge=lambda: judged(net, data.val))
-    said: list[str] = []
-
-    class Heard:
-        def say(self, text: str) -> None:
-            said.append(text)
-
-        def bar(self, title: str) -> Any:
-            from coppice.progress import Silent
-
-            return Silent().bar(title)
-
     few = (data.train.subset(np.arange(256)), data.val.subset(np.arange(64)), data.test.subset(np.arange(64)))
-    recipe = Recipe(epochs=1, batch_size=64, augment="none")
-    prune(net, few, "macs=0.7", recipe=recipe, calibration=64, progress=Heard())
-    assert sum("validation loss" in line for line in said) == 4
+    recipe, heard = Recipe(epochs=1, batch_size=64, augment="none"), Heard()
+    prune(net, few, "macs=0.7", recipe=recipe, calibration=64, progress=heard)
+    assert sum("validation loss" in line for line in heard.lines) == 4

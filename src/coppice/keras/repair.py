@@ -25,10 +25,7 @@ _SMALLEST_SCALE = 1e-4  # of a normalisation: below, nothing can be undone
 
 
 def repair(dense: Any, pruned: Any, coupling: Coupling, plan: Plan, batches: Iterable[Array], seed: int = 0) -> list[Refit]:
-    """Refit the layers of ``pruned`` in place on ``batches`` (model inputs, no labels), each only where it helps on held-out batches.
-
-    As `coppice.repair` does for a PyTorch model. CoppiceError where there are no batches, or the two models don't run the same ops.
-    """
+    """See `coppice.repair`."""
     same = of_one_shape(batches)
     left, right = _Model(dense, same), _Model(pruned, same)
     if [op.rule for op in left.program.ops] != [op.rule for op in right.program.ops]:

@@ -26,11 +26,7 @@ __all__ = ["Refit", "repair"]
 
 
 def repair(dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, batches: Iterable[Tensor], seed: int = 0) -> list[Refit]:
-    """Refit the layers of ``pruned`` in place on ``batches`` (model inputs, no labels), each only where it helps on held-out batches.
-
-    ``plan`` is what made ``pruned`` from ``dense``, ``coupling`` is ``dense``'s. A layer with more than LARGEST inputs, or a weight that is
-    read twice, is left as it is. CoppiceError where there are no batches, or the two models don't run the same ops.
-    """
+    """See `coppice.repair`."""
     same = of_one_shape(batches)
     left, right = _Model(dense, same), _Model(pruned, same)
     if plan.removed is None and plan.then is None:
