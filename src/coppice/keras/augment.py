@@ -75,7 +75,7 @@ def resized(image: Array, box: tuple[int, int, int, int]) -> Array:
 
     grey = image.shape[2] == 1
     whole = Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image))
-    found = np.asarray(whole.resize((image.shape[1], image.shape[0]), Image.Resampling.BILINEAR, box))
+    found = np.asarray(whole.crop(box).resize((image.shape[1], image.shape[0]), Image.Resampling.BILINEAR))
     return found[..., None] if grey else found
 
 

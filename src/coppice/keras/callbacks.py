@@ -37,6 +37,10 @@ class Epochwise(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if hasattr(self.data, "epoch"):
             self.data.epoch = epoch
+        if keras.backend.backend() == "torch":  # whose dropout draws from PyTorch's own generator where its seed was left open
+            import torch
+
+            torch.manual_seed(derive_seed(self.seed, "dropout", epoch))
         for k, generator in enumerate(_generators(self.student)):
             words = np.array([derive_seed(self.seed, "dropout", epoch, k) % 2**31, 0], generator.state.dtype)
             generator.state.assign(words)
