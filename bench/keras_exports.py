@@ -1,0 +1,94 @@
+"""Every family of keras.applications, cut to half of its MACs, written as SavedModel, LiteRT and ONNX, and compared with Keras.
+
+    KERAS_BACKEND=tensorflow python bench/keras_exports.py              # all families and formats, on that backend
+    KERAS_BACKEND=torch python bench/keras_exports.py MobileNetV2        # some
+    python bench/keras_exports.py --table                                # bench/results/keras_exports.md from what was run
+
+What was run before on a backend is not run again. Weights are random, and so are the inputs; the outputs are logits, whose size no softmax
+hides.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from keras_coverage import FAMILIES, made
+
+RESULTS = Path(__file__).parent / "results" / "keras_exports.jsonl"
+
+
+def exported(name: str, side: int, formats: list[str]) -> Iterator[dict[str, Any]]:
+    """One row a format."""
+    import keras
+    import numpy as np
+
+    import coppice
+    from coppice.keras.apply import rebuilt
+    from coppice.keras.export import FORMATS
+    from coppice.keras.heads import without_softmax
+
+    keras.utils.set_random_seed(0)
+    model = made(name, side)
+    logits = rebuilt(model, without_softmax(model))
+    logits.set_weights(model.get_weights())
+    coupling = coppice.couple(coppice.capture(logits, (1, side, side, 3)))
+    pruned = coppice.apply(logits, coppice.plan(coupling, coppice.score(logits, coupling, "l1"), {"macs": 0.5 * coupling.cost().macs}))
+    images = np.random.default_rng(0).uniform(-1, 1, (5, side, side, 3)).astype("float32")
+    for to in formats:
+        row: dict[str, Any] = {"format": to}
+        start = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"m{FORMATS[to].suffix}"
+            try:
+                row["error"] = coppice.export(pruned, path, to, images).error
+                row["bytes"] = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
+            except coppice.CoppiceError as error:  # what it can't write is one of the answers
+                row["failed"] = str(error)[:300]
+        yield row | {"seconds": time.process_time() - start}
+
+
+def known() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def table() -> str:
+    lines = [
+        "# Keras: every family of keras.applications at half of its MACs, exported", "",
+        "`bench/keras_exports.py`: the smallest model of each family, random weights, logits; the largest difference from Keras, relative",
+        "to the largest output, on five inputs as one batch, as three, and one by one (allowed: 1e-4). Seconds: CPU.", "",
+        "| model | backend | format | error | MB | seconds |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in known():
+        found = f"failed: {row['failed']} | |" if "failed" in row else f"{row['error']:.1e} | {row['bytes'] / 1e6:.2f} |"
+        lines.append(f"| {row['model']} ({row['side']} px) | {row['backend']} | {row['format']} | {found} {row['seconds']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    if "--table" not in arguments:
+        import keras
+
+        from coppice.keras.export import FORMATS
+
+        backend = keras.backend.backend()
+        done = {(row["model"], row["backend"], row["format"]) for row in known()}
+        for name, side in FAMILIES.items():
+            formats = [to for to in ("savedmodel", "lite", "onnx") if backend in FORMATS[to].needs and (name, backend, to) not in done]
+            if (arguments and name not in arguments) or not formats:
+                continue
+            for row in exported(name, side, formats):
+                with RESULTS.open("a") as stream:
+                    stream.write(json.dumps({"model": name, "side": side, "backend": backend, "keras": keras.__version__, **row}) + "\n")
+                print(name, row, flush=True)
+            keras.backend.clear_session()
+    RESULTS.with_suffix(".md").write_text(table())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
