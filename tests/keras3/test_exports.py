@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,17 @@ def test_the_command_says_what_is_wrong(digits: Path, tmp_path: Path, capsys: py
     ):
         assert run(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="ONNX is not written on that backend")
+@pytest.mark.usefixtures("busy_machine")
+def test_a_run_is_exported_and_timed(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    options = ["--data", "digits", "--target", "macs=0.6", "--min-width", "4", "--round-to", "4", "--criterion", "l1", "--epochs", "0"]
+    assert run(["prune", "--model", str(digits), *options, "--out", str(folder)]) == 0
+    assert run(["export", str(folder)]) == 0
+    assert "on 8 images of its data" in capsys.readouterr().out
+    assert (folder / "model.onnx").exists()
+    assert run(["measure", str(folder), "--runtime", "keras,onnxruntime", "--rounds", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [c["reference"] for c in found["comparisons"]] == [f"{digits} (dense)"] * 2
