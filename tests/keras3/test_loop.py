@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on(trained: Any, tmp_path: Path, monkeypatch: pytest
     }
     whole = prune(trained, data, out=tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_finish", _interrupt)
+        patch.setattr(loop, "finish", _interrupt)
         with pytest.raises(StoppedError):
             prune(trained, data, out=tmp_path / "stopped", **settings)
     again = coppice.prune(trained, data, out=tmp_path / "stopped", **settings)

@@ -1,0 +1,291 @@
+"""The stages of a Keras run: what each finds is journalled, and a training that was stopped goes on at the epoch it was in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coppice.allocate import plan as make_plan
+from coppice.config import RunConfig, sha256
+from coppice.cost import Cost
+from coppice.coupling import Coupling, couple
+from coppice.criteria import CRITERIA, score
+from coppice.errors import CoppiceError
+from coppice.keras.apply import apply, build, weights_in
+from coppice.keras.capture import capture
+from coppice.keras.data import KerasData
+from coppice.keras.evaluate import BATCH, Part, batches_of, evaluate, sample
+from coppice.keras.recovery import recover
+from coppice.keras.regularise import regulariser
+from coppice.keras.rehearsal import choose
+from coppice.keras.train import Epoch, fine_tune, fitting, reestimate, steps_per_epoch
+from coppice.keras.verify import verify
+from coppice.mending import Recovery
+from coppice.planning import Plan, compose, kept_widths
+from coppice.planning import make_plan as plan_that_keeps
+from coppice.progress import Progress
+from coppice.recipe import Recipe, described
+from coppice.run import Json, Run, replacing
+from coppice.stepwise import of_one_shape
+
+SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The data of a run: train, validation and test."""
+
+    train: Part
+    val: Part
+    test: Part
+    classes: tuple[str, ...] = ()
+    mirror: bool = False
+
+    @classmethod
+    def of(cls, data: Any) -> Parts:
+        if isinstance(data, KerasData):
+            return cls(data.train, data.val, data.test, data.classes, data.mirror)
+        if not isinstance(data, (tuple, list)) or len(data) != 3:
+            raise CoppiceError("give the data as (train, validation, test), each of batches of (inputs, targets)")
+        return cls(*data)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model on the way: a plan against the dense model (None: itself), its stored weights, what it costs and reaches."""
+
+    stage: str
+    plan: str | None
+    state: Mapping[str, str] | None
+    cost: Mapping[str, float]
+    val: Mapping[str, Any]
+    epochs: int = 0
+    checks: Sequence[str] = ()
+    max_error: float = 0.0
+    training: Sequence[Mapping[str, Any]] = field(default=())
+    optimizer: str = ""
+    taken: bool = True  # False: training made it worse, and this is what was there before
+    recovery: Mapping[str, Any] | None = None  # of the last cut: `coppice.mending.Recovery`
+    regularised: Mapping[str, Any] | None = None  # the kind, its strength, and how far it came
+
+    @property
+    def top1(self) -> float:
+        return float(self.val["top1"])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every stage works with; `dense` stays as it is."""
+
+    dense: Any
+    data: Parts
+    coupling: Coupling
+    cost: Cost
+    run: Run
+    progress: Progress
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+
+def example_shape(data: Parts) -> tuple[int, ...]:
+    first = next(iter(batches_of(data.val, 1)), None)
+    if first is None or not len(first[0]):
+        raise CoppiceError("the validation data is empty: there is nothing to decide on")
+    return (1, *first[0].shape[1:])
+
+
+def dense_step(bench: Bench) -> Step:
+    return _stage(bench, "dense", lambda: Step("dense", None, None, bench.cost.to_dict(), _validate(bench, bench.dense, "dense")))
+
+
+def _stage(bench: Bench, name: str, compute: Callable[[], Step]) -> Step:
+    return Step(**bench.run.stage(name, lambda: asdict(compute())))
+
+
+def cut(bench: Bench, name: str, before: Step, budgets: Mapping[str, float]) -> Step:
+    """Score, plan, apply and verify: a smaller model within `budgets`."""
+
+    def work() -> Step:
+        config, model = bench.config, materialise(bench, before)
+        coupling = couple(capture(model, example_shape(bench.data))) if before.plan else bench.coupling
+        with bench.progress.bar(f"{name}: scoring by {config.criterion}"):
+            batch = CRITERIA[config.criterion].batch
+            images = list(sample(bench.data.train, config.calibration, config.seed, batch)) if batch else None
+            scores = score(model, coupling, config.criterion, images, None, config.seed, config.aggregation, config.normalization)
+        step = make_plan(coupling, scores, budgets, config.allocation, config.round_to, config.min_width)
+        with bench.progress.bar(f"{name}: building and verifying"):
+            pruned = apply(model, step)
+            proof = verify(model, pruned, coupling, step)
+        recovery = _repaired(bench, name, model, pruned, coupling, step)
+        whole = compose(Plan.from_json(before.plan), step) if before.plan else step
+        cost = bench.coupling.cost(kept_widths(bench.coupling, whole))
+        checks = [*before.checks, *(f"{name}: {line}" for line in proof.checked)]
+        state = _store(bench, name, pruned)
+        val = _validate(bench, pruned, name)
+        worst, said = max(before.max_error, proof.max_error), asdict(recovery) | {"criterion": config.criterion}
+        return Step(
+            name, whole.to_json(), state, cost.to_dict(), val, checks=checks, max_error=worst, recovery=said, regularised=before.regularised
+        )
+
+    return _stage(bench, name, work)
+
+
+def _repaired(bench: Bench, name: str, model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Recovery:
+    """Mend ``pruned`` in place: its BatchNormalization re-estimated, and its layers refitted if that is asked for, where that helps."""
+    config = bench.config
+    images = of_one_shape(x for x, _ in sample(bench.data.train, config.calibration, config.seed, BATCH))
+    with bench.progress.bar(f"{name}: repairing"):
+        found = recover(
+            model, pruned, coupling, plan, images, lambda cut: reestimate(cut, images), refit=config.repair, seed=config.seed
+        )  # fmt: skip
+    change = f"{dict(found.tried)['as cut']:.3f} -> {dict(found.tried)[found.kept]:.3f}"
+    bench.progress.say(f"{name} by {config.criterion}: {found.kept}: distance from the dense outputs {change} (held out)")
+    if found.refused:
+        bench.progress.say(f"{name}: layers were not refitted: {found.refused}")
+    return found
+
+
+def tune(bench: Bench, name: str, before: Step, epochs: int, rate: float = 1.0, enough: float = math.inf) -> Step:
+    """Fine-tune for some epochs by the recipe; what training makes worse on validation is not taken."""
+    if epochs == 0:
+        return before
+
+    def work() -> Step:
+        model = materialise(bench, before)
+        recipe, epochs_said = _trained(bench, name, model, before, epochs, rate, enough)
+        val = _validate(bench, model, name)
+        done: Json = {"epochs": epochs, "training": epochs_said, "optimizer": described(recipe)}
+        worse = float(val["top1"]) < before.top1
+        if worse:
+            bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
+        state = before.state if worse else _store(bench, name, model)
+        _checkpoint(bench, name).unlink(missing_ok=True)
+        return replace(before, stage=name, state=state, val=before.val if worse else val, **done, taken=not worse)
+
+    return _stage(bench, name, work)
+
+
+def _trained(
+    bench: Bench, name: str, model: Any, before: Step, epochs: int, rate: float = 1.0, enough: float = math.inf, along: Any = None
+) -> tuple[Recipe, list[Json]]:
+    """Train ``model``, which is ``before``'s, in place by the run's recipe; a stage that was stopped goes on at the epoch it was in."""
+    config = bench.config
+    recipe = _settled(bench, before, epochs, rate)
+    bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
+
+    def judge() -> tuple[float, float]:
+        val = _validate(bench, model, name)
+        return float(val["top1"]), float(val["loss"])
+
+    def told(epoch: Epoch) -> None:
+        line = f"  epoch {epoch.epoch} of {epochs}: loss {epoch.train_loss:.3f}, validation top-1 {epoch.val_top1:.2f} %"
+        bench.progress.say(f"{line}, {along.said()}" if along is not None else line)
+
+    with bench.progress.bar(f"{name}: fine-tuning") as advance:
+        history = fine_tune(
+            model, bench.data.train, recipe, mirror=bench.data.mirror, judge=judge, teacher=_teacher(bench, recipe), seed=config.seed,
+            along=along, checkpoint=_checkpoint(bench, name), on_epoch=told, enough=lambda e: e.val_top1 >= enough, progress=advance,
+        )  # fmt: skip
+    if not recipe.freeze_norm:
+        reestimate(model, (x for x, _ in sample(bench.data.train, config.calibration, config.seed, BATCH)))
+    return recipe, [asdict(epoch) for epoch in history]
+
+
+def _checkpoint(bench: Bench, name: str) -> Path:
+    """Of a training under way; gone when its result is stored."""
+    return bench.run.state_path(f"{name}.checkpoint").with_suffix(".npz")
+
+
+def _teacher(bench: Bench, recipe: Recipe) -> Any:
+    return build(bench.dense, None, weights_in(bench.dense)) if recipe.distill else None
+
+
+def _settled(bench: Bench, before: Step, epochs: int, rate: float) -> Recipe:
+    """The run's recipe with its optimiser; an open one is rehearsed once a run, on the first model that is to be trained."""
+    config = bench.config
+    recipe = replace(config.recipe, epochs=epochs)
+
+    def work() -> Json:
+        bench.progress.say("choosing an optimiser")
+        tried = choose(
+            lambda: materialise(bench, before), bench.data.train, bench.data.val, recipe, mirror=bench.data.mirror,
+            teacher=_teacher(bench, recipe), seed=config.seed,
+        )  # fmt: skip
+        for rehearsed in tried:
+            bench.progress.say(f"  {described(rehearsed.recipe)}: validation loss {rehearsed.loss:.3f}")
+        first = tried[0].recipe
+        return {"optimizer": first.optimizer, "lr": first.lr, "freeze_norm": first.freeze_norm}
+
+    if recipe.open:
+        recipe = replace(recipe, **bench.run.stage("optimiser", work))
+    return replace(recipe, lr=recipe.peak_lr() * rate)
+
+
+def regularised(bench: Bench, name: str, before: Step, epochs: int, budgets: Mapping[str, float]) -> Step:
+    """The dense model after ``epochs`` with the run's regularisation; nothing is removed yet: what is near zero is for the cut to find."""
+
+    def work() -> Step:
+        config, model = bench.config, materialise(bench, before)
+        fitted = fitting(bench.data.train, config.recipe)
+        reg = regulariser(
+            model, bench.coupling, config.regularise, steps=epochs * steps_per_epoch(bench.data.train, fitted), target=budgets,
+            strength=config.strength, round_to=config.round_to, min_width=config.min_width,
+        )  # fmt: skip
+        bench.progress.say(f"{name}: {reg.kind} of strength {reg.strength:.3g}")
+        recipe, epochs_said = _trained(bench, name, model, before, epochs, along=reg)
+        bench.progress.say(f"{name}: {reg.said()}")
+        facts = {"kind": reg.kind, "strength": reg.strength, "said": reg.said()}
+        done: Json = {"epochs": epochs, "training": epochs_said, "optimizer": described(recipe), "regularised": facts}
+        plan = plan_that_keeps(bench.coupling, {}).to_json()
+        state = _store(bench, name, model)
+        _checkpoint(bench, name).unlink(missing_ok=True)
+        return replace(before, stage=name, plan=plan, state=state, val=_validate(bench, model, name), **done)
+
+    return _stage(bench, name, work)
+
+
+def materialise(bench: Bench, step: Step) -> Any:
+    """The model of a step, built from what is on disk: a resumed run must see the same bits."""
+    if step.plan is None or step.state is None:
+        return _compiled(bench, build(bench.dense, None, weights_in(bench.dense)))
+    path = bench.run.state_path("").parent / step.state["file"]
+    if not path.exists() or sha256(path) != step.state["sha256"]:
+        raise CoppiceError(f"{path} is missing or changed since the run wrote it, start the run again in another folder")
+    with np.load(path, allow_pickle=False) as found:
+        weights = {name: found[name] for name in found.files}
+    return _compiled(bench, build(bench.dense, Plan.from_json(step.plan), weights))
+
+
+def _compiled(bench: Bench, model: Any) -> Any:
+    """With the loss and the metrics that the dense model was compiled with, if it was."""
+    if bench.dense.compiled:
+        model.compile_from_config(bench.dense.get_compile_config())
+    return model
+
+
+def _store(bench: Bench, name: str, model: Any) -> dict[str, str]:
+    path = bench.run.state_path(name).with_suffix(".npz")
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **weights_in(model))  # type: ignore[arg-type]  # no weight is called allow_pickle
+    return {"file": path.name, "sha256": sha256(path)}
+
+
+def _validate(bench: Bench, model: Any, name: str) -> Json:
+    with bench.progress.bar(f"{name}: measuring on the validation split") as advance:
+        found = evaluate(model, bench.data.val, advance)
+    return {"top1": found.top1, "top5": found.top5, "loss": found.loss, "n": found.n, "top1_ci95": list(found.top1_ci95)}
+
+
+def test_metrics(bench: Bench, step: Step) -> Json:
+    def work() -> Json:
+        with bench.progress.bar(f"{step.stage}: measuring on the test split") as advance:
+            return asdict(evaluate(materialise(bench, step), bench.data.test, advance))
+
+    return bench.run.stage(f"test {step.stage}", work)
