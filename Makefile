@@ -11,7 +11,7 @@ KERAS := .venv-keras/.develop
 demo: $(RUNTIME)
 	$(BIN)/coppice demo --out runs/demo --fresh
 
-docs-examples: $(KERAS) # the worked example of docs/keras.md, about 20 minutes of one core
+docs-examples: $(KERAS) # the worked example of docs/keras.md
 	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 .venv-keras/bin/python bench/keras_starter.py
 
 test: $(DEVELOP) $(KERAS)

@@ -80,7 +80,6 @@ def row(way: str, metrics: dict[str, Any]) -> dict[str, Any]:
         **{part: {key: metrics[part][key] for key in keep} | {"val": metrics[part]["val"]["top1"]} for part in ("dense", "pruned")},
         "epochs": sum(len(step["training"]) for step in metrics["history"]),
         "rounds": len(tuned),
-        "seconds": metrics["seconds"],
         "met": metrics["met"],
         "statement": metrics["statement"],
     }
@@ -95,17 +94,19 @@ def table(rows: list[dict[str, Any]], size: int) -> str:
         f"trained for {EPOCHS} epochs with Adam, then `{TARGET}` with at most {MAX_DROP:g} points of top-1 lost on validation images.",
         "With so few images the network is far from what its size could learn, and training on helps any of these.",
         "",
-        "| pruned by | MACs | parameters | top-1, validation | top-1, test | epochs | rounds | floor on test | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| pruned by | MACs | parameters | top-1, validation | top-1, test | epochs | rounds | floor on test |",
+        "|---|---|---|---|---|---|---|---|",
         f"| (dense) | {humanise(dense['macs'], 'macs')} | {humanise(dense['params'], 'params')} | {dense['val']:.2f} | {dense['top1']:.2f} "
-        f"| {EPOCHS} | | | |",
+        f"| {EPOCHS} | | |",
     ]
     for r in rows:
         p = r["pruned"]
         lines.append(
             f"| {r['way']} | × {p['macs'] / dense['macs']:.3f} | × {p['params'] / dense['params']:.3f} | {p['val']:.2f} | {p['top1']:.2f} "
-            f"| {r['epochs']} | {r['rounds']} | {'holds' if r['met'] else 'missed'} | {r['seconds']:.0f} |"
+            f"| {r['epochs']} | {r['rounds']} | {'holds' if r['met'] else 'missed'} |"
         )
+    if missing := [way for way in WAYS if way not in {r["way"] for r in rows}]:
+        lines += ["", f"Not run here: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -128,14 +129,14 @@ def main() -> None:
         )  # fmt: skip
         rows.append(row(way, result.metrics))
         print(f"{way}: {rows[-1]['statement']}", flush=True)
-    if rows:
-        text = table(rows, args.size)
-        print(text)
-        folder = RESULTS if args.size == 224 else args.out
-        (folder / "keras_starter.json").write_text(
-            json.dumps({"machine": machine(len(os.sched_getaffinity(0))), "rows": rows}, indent=1) + "\n"
-        )
-        (folder / "keras_starter.md").write_text(text)
+        write(rows, args.size, RESULTS if args.size == 224 else args.out)
+
+
+def write(rows: list[dict[str, Any]], size: int, folder: Path) -> None:
+    """After every way: a run that is stopped leaves what it has."""
+    facts = {"machine": machine(len(os.sched_getaffinity(0))), "rows": rows}
+    (folder / "keras_starter.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "keras_starter.md").write_text(table(rows, size))
 
 
 if __name__ == "__main__":
