@@ -126,7 +126,7 @@ def share(count: int, rank: int, size: int) -> slice:
 
 def launched() -> bool:
     """Whether torchrun started several processes, of which this is one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def leads() -> bool:

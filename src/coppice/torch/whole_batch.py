@@ -110,7 +110,7 @@ class _Normalise(torch.autograd.Function):
         line = _line(x)
         normal = (real - mean.to(real.dtype).view(line)) * invstd.view(line)
         ctx.save_for_backward(normal, weight, invstd)
-        ctx.count = count
+        ctx.count, ctx.bias_kind = count, None if bias is None else bias.dtype
         y = normal if weight is None else normal * weight.view(line)
         y = y if bias is None else y + bias.view(line)
         ctx.mark_non_differentiable(mean, var)
@@ -127,8 +127,9 @@ class _Normalise(torch.autograd.Function):
         centre, along = (whole / ctx.count).to(normal.dtype)
         dx = slope - centre.view(line) - normal * along.view(line)
         dx = dx * (invstd if weight is None else invstd * weight).view(line)
-        d_weight = own[1].to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
-        return dx.to(dy.dtype), d_weight, own[0].to(dy.dtype) if ctx.needs_input_grad[2] else None, None
+        d_weight = None if weight is None else own[1].to(weight.dtype)
+        d_bias = None if ctx.bias_kind is None else own[0].to(ctx.bias_kind)
+        return dx.to(dy.dtype), d_weight, d_bias, None
 
 
 def _line(x: Tensor) -> list[int]:
