@@ -34,7 +34,7 @@ class Processes:
     """`coppice.parallel.World`. What is told goes between the processors; only gradients and statistics go between GPUs."""
 
     fabric: Any
-    telling: Any  # a group of its own: of a process group that the user made, the processors may be no part
+    telling: Any  # a group of its own, by gloo: the first one is NCCL's where there are GPUs, and the user's where that made one
     rank: int
     size: int
 
@@ -119,7 +119,6 @@ def _join(kind: str) -> Processes:
         logging.getLogger(name).setLevel(logging.WARNING)  # it greets once a process
     warnings.filterwarnings("ignore", ".*(broadcast_buffers|find_unused_parameters|bucket view strides)")  # meant so, see below
     strategy = DDPStrategy(
-        process_group_backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         timeout=_PATIENCE,
         find_unused_parameters=True,  # what a model does may depend on what it sees
         broadcast_buffers=False,  # statistics are those of the whole batch in every process
