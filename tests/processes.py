@@ -143,6 +143,19 @@ def layers() -> dict[str, float]:
             "var": (shared.running_var, whole.running_var), "weight": (summed[0], whole.weight.grad), "bias": (summed[1], whole.bias.grad),
         }  # fmt: skip
         worst |= {f"{name}, momentum {momentum}": float((left - right).abs().max()) for name, (left, right) in pairs.items()}  # type: ignore[operator]
+    for name, drop in {
+        "dropout": F.dropout, "dropout in place": lambda x, p: F.dropout(x, p, inplace=True),
+        "torch.dropout": lambda x, p: torch.dropout(x, p, train=True), "dropout2d": F.dropout2d,
+    }.items():  # fmt: skip
+        with seeded(0, name):
+            expected = drop(x.clone(), 0.5)
+        with seeded(0, name), WholeBatch(part, len(x)):
+            worst[name] = float((drop(x[part].clone(), 0.5) - expected[part]).abs().max())
+    line = torch.linspace(1, 2, 5, dtype=torch.float64)
+    told = {"weight": line, "bias": line, "training": True, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": False}
+    with WholeBatch(part, len(x)):
+        y = torch.batch_norm(x[part], running_mean=None, running_var=None, **told)
+    worst["torch.batch_norm"] = float((y - F.batch_norm(x, None, None, line, line, True)[part]).abs().max())
     return worst
 
 

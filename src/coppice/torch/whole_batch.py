@@ -21,7 +21,8 @@ from coppice.parallel import World
 
 _ALIKE = 1e-3  # of a tensor's norm: far above rounding, far below what different images make of statistics
 
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
+_FUNCTIONAL_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)  # whose inner calls a mode does not see
+_DROPOUTS = (torch.dropout, torch.feature_dropout)
 
 
 class WholeBatch(TorchFunctionMode):
@@ -41,16 +42,21 @@ class WholeBatch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return _functional_batch_norm(*args, **kwargs)
-        if func is torch.batch_norm and args[5]:
-            return _batch_norm(*args[:5], *args[6:8])
-        if func in _DROPOUTS:
+        if func is torch.batch_norm:
+            return _torch_batch_norm(*args, **kwargs)
+        if func in _FUNCTIONAL_DROPOUTS:
             return self._dropout(func, *args, **kwargs)
+        if func in _DROPOUTS:
+            return self._torch_dropout(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _torch_dropout(self, func: Callable[..., Tensor], input: Tensor, p: float, train: bool) -> Tensor:
+        return self._dropout(func, input, p, train)
 
     def _dropout(self, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         own = self._part.stop - self._part.start
         if not training or input.dim() == 0 or len(input) % own:
-            return func(input, p, training)
+            return func(input, p, training, *([inplace] if func in _FUNCTIONAL_DROPOUTS else []))
         each = len(input) // own
         whole = torch.ones((each * self._count, *input.shape[1:]), dtype=input.dtype, device=input.device)
         if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
@@ -73,6 +79,22 @@ def _functional_batch_norm(
     if training:
         return _batch_norm(input, weight, bias, running_mean, running_var, momentum, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    if training:
+        return _batch_norm(input, weight, bias, running_mean, running_var, momentum, eps)
+    return torch.batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
 
 
 def _batch_norm(
