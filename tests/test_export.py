@@ -95,6 +95,18 @@ def test_nan_is_a_difference(model: nn.Module, images: Tensor, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+class NanAfterwards(Small):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = self.head(self.norm(self.conv(x)).mean((2, 3)))
+        return y, y * float("nan")
+
+
+def test_nan_is_a_difference_in_the_last_output_too(images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError):
+        export_onnx(NanAfterwards().eval(), images, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_can_not_be_exported_is_one_sentence(images: Tensor, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ExportError, match="can't be exported to ONNX") as caught:
         export_onnx(ByData(), images, tmp_path / "m.onnx")

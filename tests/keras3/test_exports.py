@@ -129,6 +129,30 @@ def test_a_wrong_file_never_reaches_its_place(name: str, model: Any, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("what", ["nan", "shape", "crash"])
+def test_one_wrong_batch_size_is_enough(what: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime that goes wrong on single inputs only."""
+    found = exports.FORMATS["keras"]
+
+    def load(path: Path, given: Any) -> exports.Answer:
+        right = found.load(path, given)
+
+        def answer(inputs: exports.Inputs) -> list[Any]:
+            (y,) = right(inputs)
+            if len(y) > 1:
+                return [y]
+            if what == "crash":
+                raise RuntimeError("no kernel")
+            return [y * np.nan if what == "nan" else y[:, :-1]]
+
+        return answer
+
+    monkeypatch.setitem(exports.FORMATS, "keras", exports.Format(found.suffix, found.title, found.write, load, found.needs))
+    with pytest.raises(VerificationError, match="nothing was saved"):
+        coppice.export(model, tmp_path / "m.keras", "keras")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", [name for name in ("lite", "onnx") if name in FORMATS])
 def test_what_a_format_has_no_op_for_is_one_sentence(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     start = keras.Input((6, 6, 3))

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError, VerificationError
-from coppice.exporting import RTOL, ExportCheck, ExportError, first_line, quietly
+from coppice.exporting import RTOL, ExportCheck, ExportError, first_line, quietly, worst
 from coppice.keras.walk import function_of, require_plain
 from coppice.silence import silenced
 
@@ -62,7 +62,7 @@ def export(model: Any, path: Path, to: str, inputs: Any = None, opset: int | Non
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
         made = Path(folder) / path.name
         write(model, made, to, opset)
-        check = compare(model, given, chosen.load(made, model), chosen.title)
+        check = compare(model, given, _loaded(chosen, made, model), chosen.title)
         os.replace(made, path)
     return check
 
@@ -105,11 +105,25 @@ def _silently() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _running(title: str) -> Iterator[None]:
+    with _silently():
+        try:
+            yield
+        except Exception as error:  # the runtimes' own kinds
+            raise VerificationError(f"{title} can't run what was written of the model: {first_line(error)}; nothing was saved") from error
+
+
+def _loaded(chosen: Format, path: Path, model: Any) -> Answer:
+    with _running(chosen.title):
+        return chosen.load(path, model)
+
+
 def compare(model: Any, inputs: Inputs, answer: Answer, title: str) -> ExportCheck:
     """Compare ``answer`` with the model on the inputs, as one batch, as three, and one by one. Raises VerificationError."""
     whole = len(inputs[0])
     slices = [slice(whole)] if _batch_of(model) else [slice(whole), slice(3), slice(1), slice(1, 2)]
-    error = max(_difference(model, [x[some] for x in inputs], answer, title) for some in slices)
+    error = worst(_difference(model, [x[some] for x in inputs], answer, title) for some in slices)
     if not error <= RTOL:  # also true for NaN
         raise VerificationError(f"{title} differs from Keras by {error:.2e} of the largest output (allowed: {RTOL:g}), nothing was saved")
     return ExportCheck(error, whole, tuple(sorted({len(inputs[0][some]) for some in slices})))
@@ -117,15 +131,11 @@ def compare(model: Any, inputs: Inputs, answer: Answer, title: str) -> ExportChe
 
 def _difference(model: Any, inputs: Inputs, answer: Answer, title: str) -> float:
     want = [np.asarray(keras.ops.convert_to_numpy(x)) for x in keras.tree.flatten(model(_structured(model, inputs), training=False))]
-    with silenced():
-        try:
-            have = [np.asarray(x) for x in answer(inputs)]
-        except Exception as error:  # the runtimes' own kinds
-            raise VerificationError(f"{title} can't run what was written of the model: {first_line(error)}; nothing was saved") from error
+    with _running(title):
+        have = [np.asarray(x) for x in answer(inputs)]
     if [x.shape for x in have] != [x.shape for x in want]:
         raise VerificationError(f"{title} gives {[x.shape for x in have]} where Keras gives {[x.shape for x in want]}, nothing was saved")
-    gaps = [float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-12)) for a, b in zip(have, want, strict=True)]
-    return float(np.max(gaps))
+    return worst(float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-12)) for a, b in zip(have, want, strict=True))
 
 
 def _structured(model: Any, inputs: Sequence[Any]) -> Any:
@@ -189,8 +199,7 @@ def _write_saved_model(model: Any, path: Path, opset: int | None) -> None:
 def _saved_model(path: Path, model: Any) -> Answer:
     import tensorflow as tf
 
-    with _silently():
-        loaded = tf.saved_model.load(path)  # to be kept: it owns the variables
+    loaded = tf.saved_model.load(path)  # to be kept: it owns the variables
     return lambda inputs: [x.numpy() for x in keras.tree.flatten(loaded.serve(_structured(model, [tf.constant(x) for x in inputs])))]
 
 
@@ -212,8 +221,7 @@ def _write_lite(model: Any, path: Path, opset: int | None) -> None:
 def _lite(path: Path, model: Any) -> Answer:
     from ai_edge_litert.interpreter import Interpreter
 
-    with _silently():
-        run = Interpreter(str(path), num_threads=1).get_signature_runner("serving_default")
+    run = Interpreter(str(path), num_threads=1).get_signature_runner("serving_default")
     names = [symbol.name for symbol in function_of(model).inputs]
 
     def answer(inputs: Inputs) -> list[Array]:
