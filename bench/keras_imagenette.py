@@ -48,15 +48,12 @@ def table(metrics: dict[str, Any], backend: str) -> str:
         f"`bench/keras_imagenette.py`, Keras on {backend}: `{TARGET}` with at most {MAX_DROP:g} points of top-1 lost, {EPOCHS} epochs",
         "of 2,700 images with AdamW, BatchNormalization's statistics kept; by Taylor scores, layers refitted.",
         "",
-        "| step | MACs | parameters | top-1, validation | epochs | seconds |",
-        "|---|---|---|---|---|---|",
+        "| step | MACs | parameters | top-1, validation | epochs |",
+        "|---|---|---|---|---|",
     ]
     for step in metrics["history"]:
         share = [step["macs"] / dense["macs"], step["params"] / dense["params"]]
-        lines.append(
-            f"| {step['stage']} | × {share[0]:.3f} | × {share[1]:.3f} | {step['val_top1']:.2f} | {len(step['training']) or ''} "
-            f"| {step['seconds']:.0f} |"
-        )
+        lines.append(f"| {step['stage']} | × {share[0]:.3f} | × {share[1]:.3f} | {step['val_top1']:.2f} | {len(step['training']) or ''} |")
     lines += [
         "",
         f"On the {dense['n']:,} test images: top-1 {dense['top1']:.2f} % ({humanise(dense['macs'], 'macs')} MACs) → {pruned['top1']:.2f} % "
