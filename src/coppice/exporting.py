@@ -6,15 +6,14 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from coppice.errors import CoppiceError, VerificationError
 from coppice.run import replacing
+from coppice.verification import largest_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,7 +65,7 @@ def compare(model: nn.Module, images: Tensor, answer: Answer, name: str) -> Expo
     """Compare `answer` with eager `model` on `images` (at least four), in batches of several sizes. Raises VerificationError."""
     model, images = model.eval(), as_fp32(images)
     batches = [images, images[:3], *images[:2].split(1)]
-    error = worst(_difference(model, batch, answer, name) for batch in batches)
+    error = largest_error(_difference(model, batch, answer, name) for batch in batches)
     if not error <= RTOL:  # also true for NaN
         raise VerificationError(f"{name} differs from PyTorch by {error:.2e} of the largest output (allowed: {RTOL:g}), nothing was saved")
     return ExportCheck(error, len(images), tuple(sorted({len(b) for b in batches})))
@@ -145,12 +144,7 @@ def _difference(model: nn.Module, batch: Tensor, answer: Answer, name: str) -> f
     ran = answer(batch)
     if len(ran) != len(eager) or any(r.shape != e.shape for r, e in zip(ran, eager, strict=True)):
         raise VerificationError(f"{name} returns {[tuple(r.shape) for r in ran]} where PyTorch returns {[tuple(e.shape) for e in eager]}")
-    return worst(float((r - e).abs().max() / e.abs().max().clamp_min(1e-12)) for r, e in zip(ran, eager, strict=True))
-
-
-def worst(errors: Iterable[float]) -> float:
-    """The largest, or NaN where there is one: Python's own max would pass over it."""
-    return float(np.max(list(errors)))
+    return largest_error(float((r - e).abs().max() / e.abs().max().clamp_min(1e-12)) for r, e in zip(ran, eager, strict=True))
 
 
 @contextlib.contextmanager

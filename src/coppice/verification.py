@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +18,8 @@ class Verification:
     checked: tuple[str, ...]
     seconds: float
     detour: str | None = None
+
+
+def largest_error(errors: Iterable[float]) -> float:
+    """The largest of some errors, 0 of none, and NaN where there is one: Python's own max would pass over it."""
+    return float(np.max([0.0, *errors]))

@@ -106,6 +106,23 @@ def test_code_that_computes_something_else() -> None:
         coppice.verify(model, pruned, coupling, plan)
 
 
+class TwoAnswers(Net):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y, y * 2
+
+
+def test_nan_in_the_last_output_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own max would pass over it."""
+    model = TwoAnswers().eval()
+    coupling = coppice.couple(coppice.capture(model, torch.randn(2, 3, 8, 8)))
+    plan = make_plan(coupling, {a.id: np.arange(a.width) % 2 == 0 for a in coupling.prunable})
+    errors = iter([0.0, float("nan"), 0.0, 0.0])
+    monkeypatch.setattr("coppice.torch.verify.relative_error", lambda a, b: next(errors, 0.0))
+    with pytest.raises(VerificationError, match="off by nan"):
+        coppice.verify(model, coppice.apply(model, plan), coupling, plan)
+
+
 def check_some(net: str, *, zeroed: bool = False) -> None:
     for seed in range(8):
         check_model(*TRAPS[net](), seed, zeroed=zeroed)

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError, VerificationError
-from coppice.exporting import RTOL, ExportCheck, ExportError, first_line, quietly, worst
+from coppice.exporting import RTOL, ExportCheck, ExportError, first_line, quietly
 from coppice.keras.walk import function_of, require_plain
 from coppice.silence import silenced
+from coppice.verification import largest_error
 
 Array = NDArray[Any]
 Inputs = Sequence[Array]
@@ -123,7 +124,7 @@ def compare(model: Any, inputs: Inputs, answer: Answer, title: str) -> ExportChe
     """Compare ``answer`` with the model on the inputs, as one batch, as three, and one by one. Raises VerificationError."""
     whole = len(inputs[0])
     slices = [slice(whole)] if _batch_of(model) else [slice(whole), slice(3), slice(1), slice(1, 2)]
-    error = worst(_difference(model, [x[some] for x in inputs], answer, title) for some in slices)
+    error = largest_error(_difference(model, [x[some] for x in inputs], answer, title) for some in slices)
     if not error <= RTOL:  # also true for NaN
         raise VerificationError(f"{title} differs from Keras by {error:.2e} of the largest output (allowed: {RTOL:g}), nothing was saved")
     return ExportCheck(error, whole, tuple(sorted({len(inputs[0][some]) for some in slices})))
@@ -135,7 +136,7 @@ def _difference(model: Any, inputs: Inputs, answer: Answer, title: str) -> float
         have = [np.asarray(x) for x in answer(inputs)]
     if [x.shape for x in have] != [x.shape for x in want]:
         raise VerificationError(f"{title} gives {[x.shape for x in have]} where Keras gives {[x.shape for x in want]}, nothing was saved")
-    return worst(float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-12)) for a, b in zip(have, want, strict=True))
+    return largest_error(float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-12)) for a, b in zip(have, want, strict=True))
 
 
 def _structured(model: Any, inputs: Sequence[Any]) -> Any:

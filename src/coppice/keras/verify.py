@@ -28,7 +28,7 @@ from coppice.keras.capture import capture
 from coppice.keras.replay import Replay
 from coppice.keras.walk import assign, function_of, variables_of
 from coppice.planning import Plan, masks_by_atom
-from coppice.verification import Verification
+from coppice.verification import Verification, largest_error
 
 DOUBLE, SINGLE = "float64", "float32"
 ROUNDED = 1e-5  # where Keras itself goes through single precision: the softmax of its attention
@@ -207,7 +207,7 @@ class _Comparison:
         worst = 0.0
         pairs = zip(small.steps(self.inputs), oracle.steps(self.inputs), strict=True)
         for k, (have, want) in enumerate(pairs):
-            error = max((relative_error(a, b, small.scale(k)) for a, b in zip(have, want, strict=True)), default=0.0)
+            error = largest_error(relative_error(a, b, small.scale(k)) for a, b in zip(have, want, strict=True))
             if not error <= self.tolerance:
                 op = self.coupling.graph.ops[k]
                 where = f"{op.name} in {op.module}{_axes_of(self.coupling, op)}"
@@ -223,7 +223,7 @@ def _answers(model: Any, inputs: Sequence[Array]) -> list[Array]:
 
 
 def _worst(have: Sequence[Array], want: Sequence[Array]) -> float:
-    return max((relative_error(a, b) for a, b in zip(have, want, strict=True)), default=0.0)
+    return largest_error(relative_error(a, b) for a, b in zip(have, want, strict=True))
 
 
 def relative_error(a: Array, b: Array, scale: float = 0.0) -> float:

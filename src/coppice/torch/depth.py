@@ -30,6 +30,7 @@ from coppice.torch.capture import Replayable, capture, decisions_of, in_double, 
 from coppice.torch.decisions import Decision
 from coppice.torch.replay import Replay
 from coppice.torch.verify import TOLERANCE, check_tensors, randomise, relative_error, same_draws, verify
+from coppice.verification import largest_error
 
 
 class _Shortened(Replay):
@@ -152,7 +153,7 @@ def _error(dense: nn.Module, shallow: nn.Module, coupling: Coupling, gone: Seque
         raise VerificationError(f"the oracle can't be computed without {names}, so nothing proves it right: {problem}") from problem
     if len(have) != len(want):
         raise VerificationError(f"without {names} the model gives {len(have)} outputs, not {len(want)}")
-    worst = max((relative_error(a, b) for a, b in zip(have, want, strict=True)), default=0.0)
+    worst = largest_error(relative_error(a, b) for a, b in zip(have, want, strict=True))
     if not worst <= TOLERANCE:
         raise VerificationError(f"without {names} the model's output is off by {worst:.1e} of its scale")
     return worst

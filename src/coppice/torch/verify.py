@@ -31,7 +31,7 @@ from coppice.torch.decisions import Decision
 from coppice.torch.lockstep import Step, first_difference, planned, step
 from coppice.torch.replay import Replay
 from coppice.torch.trees import named_tensors
-from coppice.verification import Verification
+from coppice.verification import Verification, largest_error
 
 TOLERANCE = 1e-7  # of the largest output; double precision leaves nine more orders for a real mistake to show
 
@@ -179,7 +179,7 @@ class _Comparison:
                 want = self._replay(recorder).run({k: recorder.ops[j].call for k, j in pairs.items()})
         except RuntimeError as error:
             raise VerificationError(f"the oracle can't be computed, so nothing proves this plan right: {error}") from error
-        worst = max((relative_error(a, b) for a, b in zip(have, want, strict=True)), default=0.0)
+        worst = largest_error(relative_error(a, b) for a, b in zip(have, want, strict=True))
         if not worst <= TOLERANCE:
             raise VerificationError(
                 f"the pruned model's output is off by {worst:.1e} of its scale; the first op that differs is {self._first_wrong(pairs)}"
