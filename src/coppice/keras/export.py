@@ -96,7 +96,9 @@ def write(model: Any, path: Path, to: str, opset: int | None = None) -> None:
         except CoppiceError:
             raise
         except Exception as error:  # the exporters' own errors have no common base
-            raise ExportError(f"the model can't be written as {chosen.title}: {first_line(error)}") from error
+            other = {"tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()] if to == "onnx" else ""
+            hint = f"; KERAS_BACKEND={other} has another exporter" if other else ""
+            raise ExportError(f"the model can't be written as {chosen.title}: {first_line(error)}{hint}") from error
 
 
 @contextmanager
@@ -253,7 +255,7 @@ def _write_onnx(model: Any, path: Path, opset: int | None) -> None:
     try:
         onnx.checker.check_model(path)
     except Exception as error:  # tf2onnx writes a file where it has logged that an op of TensorFlow's is none of ONNX's
-        raise ExportError(f"the model can't be written as ONNX: {first_line(error)}") from error
+        raise ValueError(first_line(error)) from error
 
 
 def _onnx(path: Path, model: Any) -> Answer:
