@@ -86,7 +86,7 @@ def table() -> str:
         "# Keras: every family of keras.applications at half of its MACs, exported", "",
         "`bench/keras_exports.py`: random weights, logits; the largest difference from Keras, relative",
         "to the largest output, on five inputs as one batch, as three, and one by one (allowed: 1e-4). Spread: how far the",
-        "outputs of the five inputs are apart, by the same measure: where it is as small as the error, the row says only that the file runs.",
+        "outputs of the five inputs are apart, by the same measure: where it is as small as the error, it only says that a file runs.",
         "Seconds: CPU.", "",
         "| model | backend | format | error | spread | MB | seconds |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
