@@ -24,6 +24,12 @@ HERE = Setting("torch", 1, 1)
 GRID = 8
 
 
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    """What is cut depends on the weights, and a plan may stay a fraction of a percent above what was asked when its corrections are used up."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def staircase(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime whose ops cost what their channels, rounded up to the grid, cost."""
