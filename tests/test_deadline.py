@@ -26,7 +26,7 @@ GRID = 8
 
 @pytest.fixture(autouse=True)
 def same_weights() -> None:
-    """What is cut depends on the weights, and a plan may stay a fraction of a percent above what was asked when its corrections are used up."""
+    """What is cut depends on the weights; with some a plan is still a fraction of a percent too slow when its corrections are used up."""
     torch.manual_seed(0)
 
 
