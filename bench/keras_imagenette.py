@@ -29,8 +29,8 @@ from coppice.recipe import Recipe
 from coppice.targets import humanise
 
 RESULTS = Path(__file__).parent / "results"
-TARGET, MAX_DROP, EPOCHS = "macs=0.6", 2.0, 2
-TUNING = Recipe(epochs=EPOCHS, batch_size=32, optimizer="adamw", lr=2.5e-4, distill=0.9, freeze_norm=True)
+TARGET, MAX_DROP = "macs=0.6", 2.0
+TUNING = Recipe(epochs=3, batch_size=32, distill=0.9)  # the optimiser is rehearsed
 
 
 class Said(Silent):
@@ -45,8 +45,8 @@ def table(metrics: dict[str, Any], backend: str) -> str:
     lines = [
         "# Keras: MobileNetV2 on Imagenette",
         "",
-        f"`bench/keras_imagenette.py`, Keras on {backend}: `{TARGET}` with at most {MAX_DROP:g} points of top-1 lost, {EPOCHS} epochs",
-        "of 2,700 images with AdamW, BatchNormalization's statistics kept; by Taylor scores, layers refitted.",
+        f"`bench/keras_imagenette.py`, Keras on {backend}: `{TARGET}` with at most {MAX_DROP:g} points of top-1 lost,",
+        f"{TUNING.epochs} epochs of 2,700 images with the optimiser that the rehearsal chose; by Taylor scores, layers refitted.",
         "",
         "| step | MACs | parameters | top-1, validation | epochs |",
         "|---|---|---|---|---|",
