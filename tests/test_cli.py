@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -375,7 +376,8 @@ def test_help_needs_no_framework() -> None:
 
 def test_sigint_to_a_working_run(arguments: dict[str, str | None], tmp_path: Path) -> None:
     line = [part for pair in (arguments | {"--epochs": "1000"}).items() for part in pair if part]
-    process = subprocess.Popen([sys.executable, "-m", "coppice", "prune", *line], stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what was started in the background ignores it, and so do its children
+    process = subprocess.Popen([sys.executable, "-m", "coppice", "prune", *line], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         assert process.stderr is not None
         while "fine-tuning" not in process.stderr.readline():

