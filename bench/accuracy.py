@@ -48,7 +48,8 @@ from coppice.preprocess import Preprocess
 from coppice.progress import Silent
 from coppice.recipe import Recipe
 from coppice.run import create_run
-from coppice.stages import Snapshot, Workbench, cut, materialise, threads
+from coppice.snapshot import Snapshot
+from coppice.stages import Workbench, cut, materialise, threads
 from coppice.train import fine_tune
 
 IMAGES = 512  # for calibration

@@ -303,13 +303,15 @@ def evaluate(
     given = {k: v for k, v in locals().items() if v is not None and k not in ("part", "as_json", "model")}
     if part not in ("test", "val", "train"):
         raise CoppiceError(f"--part {part}: choose test, val or train")
-    if names_keras(model, weights or "") or cli_keras.is_run(Path(model)):
+    folder = Path(model)
+    is_run = folder.is_dir()
+    if is_run and (weights or num_classes):
+        raise CoppiceError("a run folder has its own weights: drop --weights and --num-classes")
+    config = settings_of(given, folder / "config.toml") if is_run else settings_of(given | {"model": model}, None)
+    if config.is_keras:
         not_shared("evaluating a Keras model")
-        keras_settings = (
-            settings_of(given, Path(model) / "config.toml") if Path(model).is_dir() else settings_of(given | {"model": model}, None)
-        )
         with _terminal().bar("measuring") as advance:
-            cli_print.print_metrics(part, *cli_keras.measured(Path(model), keras_settings, part, advance), as_json)
+            cli_print.print_metrics(part, *cli_keras.measured(folder, config, part, advance), as_json)
         return
     from coppice.data import check_classes, load_data
     from coppice.evaluate import evaluate as measure
@@ -317,14 +319,9 @@ def evaluate(
     from coppice.loop import count_outputs
     from coppice.machine import usable_cores
     from coppice.models import load_model
-    from coppice.run import CONFIG, load
+    from coppice.run import load
     from coppice.stages import threads as fixed_threads
 
-    folder = Path(model)
-    is_run = folder.is_dir()
-    if is_run and (weights or num_classes):
-        raise CoppiceError("a run folder has its own weights: drop --weights and --num-classes")
-    config = settings_of(given, folder / CONFIG if is_run else None) if is_run else settings_of(given | {"model": model}, None)
     if not config.data:
         raise CoppiceError("name the data with --data")
     cores = max(1, usable_cores() // local_processes())

@@ -1,9 +1,9 @@
 """Exact metrics of a classifier on a part of the data, and BatchNorm statistics re-estimated for a changed one."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -141,12 +141,9 @@ def metrics_of(tallies: Sequence[Tally]) -> Metrics:
     total = sum(tally.n for tally in tallies)
     if total == 0:
         raise CoppiceError("there are no images to evaluate on")
-    loss = 0.0
-    for row in zip_longest(
-        *(tally.losses for tally in tallies), fillvalue=0.0
-    ):  # as the batches lay: the sum is one process's, bit for bit
-        for part in row:
-            loss += part
+    loss = 0.0  # added up in the order of the batches, whoever had them: the sum is one process's, bit for bit
+    for part in itertools.chain.from_iterable(itertools.zip_longest(*(tally.losses for tally in tallies), fillvalue=0.0)):
+        loss += part
     seen = torch.stack([tally.seen for tally in tallies if tally.seen is not None]).sum(0)
     hits = torch.stack([tally.right for tally in tallies if tally.right is not None]).sum(0)
     right = int(hits.sum())

@@ -26,8 +26,9 @@ from coppice.planning import Plan, kept_widths
 from coppice.quantise import OnnxModel, quantise
 from coppice.report import AxisWidth, render_report
 from coppice.run import CONFIG, INT8, METRICS, MODEL, ONNX, PLAN, REPORT, SPARSE, Json, read_tensors, write_tensors, write_text
+from coppice.snapshot import Snapshot
 from coppice.sparse_file import load_sparse, save_sparse
-from coppice.stages import REPAIRED_AT_ONCE, Snapshot, Workbench, example_input, materialise, preprocessing, same_bits, test_metrics
+from coppice.stages import REPAIRED_AT_ONCE, Workbench, example_input, materialise, preprocessing, same_bits, test_metrics
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
 from coppice.torch.trees import named_tensors

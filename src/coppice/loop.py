@@ -46,10 +46,10 @@ from coppice.run import CONFIG, METRICS, PLAN, Run, check_manifest, check_out, c
 from coppice.schedule_stage import trained_and_cut
 from coppice.schedules import cut_epochs
 from coppice.seeding import seeded
+from coppice.snapshot import Snapshot
 from coppice.stages import (
     REPAIRED_AT_ONCE,
     Data,
-    Snapshot,
     TrainFunction,
     Workbench,
     as_the_first,
@@ -59,10 +59,10 @@ from coppice.stages import (
     on_the_clock,
     test_metrics,
     threads,
-    tune,
 )
 from coppice.targets import Target, humanise, interpolate, parse_target
 from coppice.torch.capture import capture
+from coppice.tune_stage import tune
 
 LATER = 0.5  # each further round of fine-tuning has half the learning rate: at the first one's it would mostly undo what that had settled
 _SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide

@@ -16,21 +16,12 @@ from coppice.masks import MaskRecipe, sites, sparsity
 from coppice.planning import Plan, compose
 from coppice.recovery import recover
 from coppice.run import Json
-from coppice.stages import (
-    REPAIRED_AT_ONCE,
-    Snapshot,
-    Workbench,
-    as_snapshot,
-    example_input,
-    how_trained,
-    materialise,
-    preprocessing,
-    trained,
-    validate,
-)
+from coppice.snapshot import Snapshot, as_snapshot
+from coppice.stages import REPAIRED_AT_ONCE, Workbench, example_input, materialise, preprocessing, validate
 from coppice.torch.capture import capture
 from coppice.torch.masking import Growing, mask, plan_of, unpacked
 from coppice.torch.program import is_held_out, of_one_shape
+from coppice.tune_stage import how_trained, trained
 
 
 def masked(bench: Workbench, name: str, before: Snapshot, recipe: MaskRecipe) -> Snapshot:

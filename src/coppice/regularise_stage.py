@@ -8,8 +8,10 @@ from dataclasses import asdict, replace
 from coppice.errors import CoppiceError
 from coppice.planning import make_plan
 from coppice.run import Json
-from coppice.stages import Snapshot, Workbench, as_snapshot, how_trained, steps_of, to_train, trained, validate
+from coppice.snapshot import Snapshot, as_snapshot
+from coppice.stages import Workbench, validate
 from coppice.torch.regularise import regulariser
+from coppice.tune_stage import how_trained, steps_of, to_train, trained
 
 
 def regularised(bench: Workbench, name: str, before: Snapshot, epochs: int, budgets: Mapping[str, float]) -> Snapshot:

@@ -9,8 +9,10 @@ from coppice.planning import kept_widths
 from coppice.recipe import described
 from coppice.run import Json
 from coppice.schedules import train_and_prune
-from coppice.stages import Snapshot, Workbench, as_snapshot, at, settled_recipe, validate
+from coppice.snapshot import Snapshot, as_snapshot
+from coppice.stages import Workbench, at, validate
 from coppice.train import EpochResult
+from coppice.tune_stage import settled_recipe
 
 
 def trained_and_cut(bench: Workbench, name: str, before: Snapshot) -> Snapshot:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -172,8 +172,11 @@ class Shrinking:
         return _MARGIN * float(np.quantile(going, 1 - _SPARED)) if len(going) else 0.0
 
 
+Made = TypeVar("Made", bound=Shrinking)
+
+
 def prepared(
-    make: Callable[[float | None, Plan | None], Shrinking],
+    make: Callable[[float | None, Plan | None], Made],
     coupling: Coupling,
     kind: str,
     steps: int,
@@ -181,7 +184,7 @@ def prepared(
     strength: float | str,
     round_to: int,
     min_width: int,
-) -> Shrinking:
+) -> Made:
     """What `make` gives for a strength (None: automatic) and for what has to go for `target`. CoppiceError for what makes no sense."""
     if kind not in REGULARISATIONS:
         raise CoppiceError(f"there is no regularisation {kind!r}: choose one of {', '.join(REGULARISATIONS)}")

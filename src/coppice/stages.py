@@ -1,4 +1,4 @@
-"""What one stage of the loop does: measure the dense model, cut, fine-tune, seal the outputs.
+"""What stages of the loop do: measure the dense model, cut and repair, measure on the test split; and what they all work with.
 
 Each stage begins from what the stages before it left on disk and ends by writing what the next one needs; see `coppice.run`.
 """
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coppice.allocate import plan as make_plan
-from coppice.along import Along
 from coppice.config import MEASURED
 from coppice.cost import Cost
 from coppice.coupling import Coupling, couple
@@ -35,19 +34,17 @@ from coppice.metrics import Metrics
 from coppice.parallel import current
 from coppice.planning import Plan, compose, kept_widths
 from coppice.progress import Progress
-from coppice.recipe import Recipe, described
 from coppice.recovery import outputs, recover
 from coppice.run import Json, Run
 from coppice.saliency import Scores
+from coppice.snapshot import Snapshot, as_snapshot
 from coppice.targets import humanise
 from coppice.timing import Setting
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
 from coppice.torch.elimination import divergence
-from coppice.torch.masking import Held, unpacked
 from coppice.torch.program import is_held_out, of_one_shape
 from coppice.torch.verify import verify
-from coppice.train import EpochResult, choose, fine_tune, fitting, pick_precision, steps_per_epoch
 from coppice.verification import Verification
 
 REPAIRED_AT_ONCE = 32  # images in step: few enough for large maps to fit in memory, many enough for small ones to keep a core busy
@@ -73,37 +70,6 @@ class Workbench:
     device: torch.device = _CPU  # of training and evaluation
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A model on the way: a plan against the dense model (None: the dense model itself), its stored weights, what it costs and reaches.
-
-    `checks` and `max_error` are those of every cut that led here, `recovery` the last one's `coppice.mending.Recovery`. Of the fine-tuning
-    that ended here, `training` is what each epoch gave (`coppice.train.EpochResult`) and `optimizer` what did it; `taken` is False where it
-    made the model worse on validation, so that the weights before it are kept.
-    """
-
-    stage: str
-    plan: str | None
-    state: Mapping[str, str] | None
-    cost: Mapping[str, float]
-    val: Mapping[str, Any]
-    epochs: int = 0
-    checks: Sequence[str] = ()
-    max_error: float = 0.0
-    recovery: Mapping[str, Any] | None = None
-    latency: Mapping[str, Any] | None = None
-    training: Sequence[Mapping[str, Any]] = ()
-    optimizer: str = ""
-    taken: bool = True
-    regularised: Mapping[str, Any] | None = None  # the kind, its strength, and how far it came
-    masks: Mapping[str, Any] | None = None  # `coppice.masks.Sparsity`, and how the zeros were chosen
-
-    @property
-    def top1(self) -> float:
-        """Percent, on the validation split."""
-        return float(self.val["top1"])
-
-
 def preprocessing(data: Data) -> Any:
     """None for a user's own loaders: their batches are model inputs already."""
     return data.preprocess if isinstance(data, ImageData) else None
@@ -116,14 +82,6 @@ def example_input(data: Data, images: int = 1) -> Tensor:
     if first is None:
         raise CoppiceError("the validation data is empty: there is nothing to decide on")
     return first[0][:images]
-
-
-def as_snapshot(found: Json) -> Snapshot:
-    """A stage's result as the journal has it."""
-    try:
-        return Snapshot(**found)
-    except TypeError as error:
-        raise CoppiceError("the run's journal was written by another version of coppice, start the run again in another folder") from error
 
 
 def dense_snapshot(bench: Workbench) -> Snapshot:
@@ -278,11 +236,11 @@ def _cut_by(
 def _scores(bench: Workbench, name: str, criterion: str, model: nn.Module, coupling: Coupling) -> Scores:
     config = bench.run.config
     with bench.progress.bar(f"{name}: scoring by {criterion}"):
-        images = _calibration(bench, CRITERIA[criterion].batch or 1)
+        images = calibration_images(bench, CRITERIA[criterion].batch or 1)
         scores = score(model, coupling, criterion, images, F.cross_entropy, config.seed, config.aggregation, config.normalization)
     if config.allocation == MEASURED and criterion != "obs":  # whose scores are measured losses already
         with bench.progress.bar(f"{name}: measuring what each axis can lose"):
-            scores = measure(model, coupling, scores, _calibration(bench, REPAIRED_AT_ONCE), config.seed)
+            scores = measure(model, coupling, scores, calibration_images(bench, REPAIRED_AT_ONCE), config.seed)
     return scores
 
 
@@ -298,7 +256,7 @@ def _shallower_cuts(
     made: Callable[[Plan, OnTime | None], _Cut],
 ) -> list[_Cut]:
     """The same budgets by fewer modules and wider layers, for as long as the next such cut is better than the one before."""
-    images = of_one_shape(x for x, _ in _calibration(bench, REPAIRED_AT_ONCE))
+    images = of_one_shape(x for x, _ in calibration_images(bench, REPAIRED_AT_ONCE))
     cuts: list[_Cut] = []
     with bench.progress.bar(f"{name}: measuring what the model loses with each module") as advance:
         found = shallower(
@@ -351,87 +309,13 @@ def _plans(
 def _repaired(bench: Workbench, model: nn.Module, pruned: nn.Module, coupling: Coupling, step: Plan) -> tuple[nn.Module, Recovery]:
     config = bench.run.config
 
-    images = of_one_shape(x for x, _ in _calibration(bench, REPAIRED_AT_ONCE))
+    images = of_one_shape(x for x, _ in calibration_images(bench, REPAIRED_AT_ONCE))
     fitted = [x for k, x in enumerate(images) if not is_held_out(k)]
 
     def reestimate(edited: nn.Module) -> None:
         reestimate_batchnorm(edited, [(x, x) for x in fitted], None, images=config.calibration)
 
     return recover(model, pruned, coupling, step, images, reestimate, refit=config.repair, seed=config.seed)
-
-
-def tune(bench: Workbench, name: str, before: Snapshot, epochs: int, rate: float = 1.0, enough: float = math.inf) -> Snapshot:
-    """Fine-tune for some epochs, by the recipe (its learning rate times `rate`) or with the user's own function.
-
-    What training makes worse on validation is not taken. An epoch of the recipe that reaches `enough` percent there is the last.
-    """
-    if epochs == 0:
-        return before
-
-    def work() -> Json:
-        model = to_train(bench, before)
-        held = None if before.plan is None else Held(model, unpacked(Plan.from_json(before.plan)))
-        results = trained(bench, name, model, before, epochs, rate, enough, held)
-        if held is not None:
-            held.after_step()  # a training function of the user's own knows of no masks
-        val = validate(bench, model, name)
-        worse = float(val["top1"]) < before.top1
-        if worse:
-            bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
-        state = before.state if worse else bench.run.save_state(name, model.state_dict())
-        bench.run.discard(f"{name}.checkpoint")
-        kept = before.val if worse else val
-        how = how_trained(bench, before, epochs, rate)
-        training = [asdict(result) for result in results]
-        after = replace(before, stage=name, state=state, val=kept, epochs=epochs, training=training, optimizer=how, taken=not worse)
-        return asdict(after)
-
-    return as_snapshot(bench.run.stage(name, work, shared=True))
-
-
-def trained(
-    bench: Workbench,
-    name: str,
-    model: nn.Module,
-    before: Snapshot,
-    epochs: int,
-    rate: float = 1.0,
-    enough: float = math.inf,
-    along: Along | None = None,
-) -> list[EpochResult]:
-    """Train `model`, which is `before`'s, in place by the run's recipe, resumable, or with the user's own function."""
-    bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
-    if bench.train is not None:
-        with bench.progress.bar(f"{name}: fine-tuning with your own function"):
-            bench.train(model, epochs)
-        as_the_first(model)
-        return []
-
-    def told(result: EpochResult) -> None:
-        line = f"  epoch {result.epoch} of {epochs}: loss {result.train_loss:.3f}, validation top-1 {result.val_top1:.2f} %"
-        bench.progress.say(f"{line}, {said}" if (said := along.said() if along else "") else line)
-
-    config = bench.run.config
-    recipe = settled_recipe(bench, before, epochs, rate)
-    with bench.progress.bar(f"{name}: fine-tuning") as advance:
-        return fine_tune(
-            model,
-            bench.data,
-            recipe,
-            teacher=at(bench.device, bench.dense) if recipe.taught else None,
-            plan=None if before.plan is None else Plan.from_json(before.plan),
-            seed=config.seed,
-            checkpoint=bench.run.state_path(f"{name}.checkpoint"),
-            progress=advance,
-            on_epoch=told,
-            enough=lambda result: result.val_top1 >= enough,
-            along=along,
-        )
-
-
-def steps_of(bench: Workbench) -> int:
-    """Steps of the optimiser in an epoch of the run's recipe."""
-    return steps_per_epoch(bench.data, fitting(bench.data, bench.run.config.recipe))
 
 
 def test_metrics(bench: Workbench, snapshot: Snapshot) -> Json:
@@ -454,11 +338,6 @@ def materialise(bench: Workbench, snapshot: Snapshot) -> nn.Module:
     return build(copy.deepcopy(bench.dense), Plan.from_json(snapshot.plan), bench.run.load_state(snapshot.state)).eval()
 
 
-def to_train(bench: Workbench, snapshot: Snapshot) -> nn.Module:
-    """The model of a snapshot where it is to be trained: a training function of the user's own moves it by itself."""
-    return materialise(bench, snapshot).to(_CPU if bench.train else bench.device)
-
-
 def at(device: torch.device, model: nn.Module) -> nn.Module:
     """`model`, which stays where it is, or a copy of it on another device."""
     return model if device_of(model) == device else copy.deepcopy(model).to(device)
@@ -470,50 +349,7 @@ def as_the_first(model: nn.Module) -> None:
         model.load_state_dict(current().first(lambda: {name: value.cpu() for name, value in model.state_dict().items()}))
 
 
-def _precision(bench: Workbench) -> Any:
-    """The precision of fine-tuning; "auto" is settled once a run and journalled, because timings differ from one moment to the next."""
-    recipe = bench.run.config.recipe
-    if recipe.precision != "auto" or bench.train is not None:
-        return recipe.precision
-
-    processes = current().size
-
-    def measure() -> Json:
-        model, batch = at(bench.device, bench.dense), next(_calibration(bench, -(-recipe.batch_size // processes)))
-        return {"precision": pick_precision(model, batch)}
-
-    return bench.run.stage("precision", measure)["precision"]
-
-
-def settled_recipe(bench: Workbench, before: Snapshot, epochs: int, rate: float = 1.0, taught: bool = True) -> Recipe:
-    """The run's recipe with precision and optimiser; an open one is rehearsed once a run, on the first model that is to be trained.
-
-    ``taught``: False where the dense model is no teacher, in the rehearsal neither.
-    """
-    recipe = replace(bench.run.config.recipe, epochs=epochs, precision=_precision(bench))
-    recipe = recipe if taught else replace(recipe, distill=0.0, features=0.0)
-
-    def work() -> Json:
-        bench.progress.say("choosing an optimiser")
-        teacher = at(bench.device, bench.dense) if recipe.taught else None
-        plan = None if before.plan is None else Plan.from_json(before.plan)
-        tried = choose(to_train(bench, before), bench.data, recipe, teacher=teacher, plan=plan, seed=bench.run.config.seed)
-        for rehearsed in tried:
-            bench.progress.say(f"  {described(rehearsed.recipe)}: validation loss {rehearsed.loss:.3f}")
-        first = tried[0].recipe
-        return {"optimizer": first.optimizer, "lr": first.lr, "freeze_norm": first.freeze_norm}
-
-    if recipe.open:
-        recipe = replace(recipe, **bench.run.stage("optimiser", work, shared=True))
-    return replace(recipe, lr=recipe.peak_lr() * rate)
-
-
-def how_trained(bench: Workbench, before: Snapshot, epochs: int, rate: float = 1.0, taught: bool = True) -> str:
-    """The optimiser in words; nothing of a training function of the user's own."""
-    return "" if bench.train is not None else described(settled_recipe(bench, before, epochs, rate, taught))
-
-
-def _calibration(bench: Workbench, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def calibration_images(bench: Workbench, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     config = bench.run.config
     return sample_batches(bench.data.train, preprocessing(bench.data), images=config.calibration, seed=config.seed, batch_size=batch_size)
 

@@ -19,7 +19,7 @@ from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind
 from coppice.keras import layers, operations
 from coppice.keras.apply import UNKNOWN
-from coppice.keras.layers import NoRuleError, Translate
+from coppice.keras.common_ops import NoRuleError, Translate
 from coppice.keras.tape import Binding, Tape, Traced
 from coppice.keras.walk import function_of, is_plain, layers_of, numbers, require_plain, variables_of
 

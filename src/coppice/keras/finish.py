@@ -18,17 +18,18 @@ from coppice.floor import has_seen_validation
 from coppice.keras.apply import apply, weights_in
 from coppice.keras.evaluate import batches_of
 from coppice.keras.files import load_keras
-from coppice.keras.stages import SLACK, Bench, Step, example_shape, materialise, test_metrics
+from coppice.keras.stages import SLACK, Bench, example_shape, materialise, test_metrics
 from coppice.keras.verify import verify
 from coppice.planning import Plan
 from coppice.report import AxisWidth, render_report
 from coppice.run import KERAS, METRICS, PLAN, REPORT, Json, replacing, write_text
+from coppice.snapshot import Snapshot
 from coppice.targets import humanise
 
 _IMAGES = 8
 
 
-def finish(bench: Bench, history: Sequence[Step], reached: Step) -> None:
+def finish(bench: Bench, history: Sequence[Snapshot], reached: Snapshot) -> None:
     """Check that what is saved is what was measured, write every output, and the manifest last."""
     assert reached.plan is not None, "a run always ends with a cut"
     began, plan, model = time.perf_counter(), Plan.from_json(reached.plan), materialise(bench, reached)
@@ -75,7 +76,7 @@ def _save(bench: Bench, model: Any) -> str:
     return f"saved and loaded again: the same bits, weights and outputs on {len(x)} images"
 
 
-def _said(bench: Bench, step: Step) -> Json:
+def _said(bench: Bench, step: Snapshot) -> Json:
     seconds, cost = bench.run.seconds().get(step.stage, 0.0), step.cost
     training = [dict(entry) for entry in step.training]
     return {
@@ -99,7 +100,7 @@ def _write(bench: Bench, plan: Plan, metrics: Json) -> None:
     write_text(folder / REPORT, page)
 
 
-def _verdict(bench: Bench, dense: Step, reached: Step, before: Json, after: Json) -> tuple[bool, str]:
+def _verdict(bench: Bench, dense: Snapshot, reached: Snapshot, before: Json, after: Json) -> tuple[bool, str]:
     """Whether target and floor (on test) hold, and one sentence that says so, or what does not and how close it came."""
     config, parts, met = bench.config, [], True
     for key, budget in config.target.resolve(bench.cost).items():

@@ -8,88 +8,15 @@ pinned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
+from coppice.keras.attention import einsum_dense, grouped_query_attention, multi_head_attention
+from coppice.keras.common_ops import NoRuleError, Translate, activation, joined, mixing, permuted, pointwise, reduced, view
 from coppice.keras.tape import Tape, Traced
-
-Translate = Callable[..., Any]  # (tape, layer, *what it was called with) -> its result
-
-
-def names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-POINTWISE = names(
-    "relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid hard_sigmoid hard_silu log_sigmoid tanh hard_tanh tanh_shrink soft_shrink "
-    "hard_shrink softplus softsign exponential linear squareplus sparse_plus sparse_sigmoid threshold"
-)
-MIXING = frozenset(("softmax", "log_softmax", "sparsemax"))  # along the last dim
-
-
-class NoRuleError(Exception):
-    """What was asked of the layer has no rule: the message says what that was."""
-
-
-def pointwise(t: Tape, inputs: Sequence[Traced | int], shape: tuple[int, ...], run: Callable[..., Any]) -> Traced:
-    found: Traced = t.emit("pointwise", list(inputs), shape, lambda a, s: run(*a))
-    return found
-
-
-def activation(t: Tape, function: Any, x: Traced) -> Traced:
-    """The function that a layer ends with."""
-    if function is None or function is keras.activations.linear:
-        return x
-    name = getattr(function, "__name__", type(function).__name__)
-    own = getattr(keras.activations, name, None) is function
-    if own and name in POINTWISE:
-        return pointwise(t, [x], x.shape, function)
-    if own and name in MIXING:
-        return mixing(t, x, [-1], function)
-    if own and name == "glu":
-        return halves(t, x, -1, function)
-    found: Traced = t.emit("unknown", [x], x.shape, lambda a, s: function(a[0]), {"reason": f"no rule for the activation {name}"})
-    return found
-
-
-def mixing(t: Tape, x: Traced, dims: Sequence[int], run: Callable[..., Any]) -> Traced:
-    """The same shape in and out, mixing along ``dims``."""
-    rank = len(x.shape)
-    attrs = {"map": list(range(rank)), "mixed": sorted({d % rank for d in dims})}
-    found: Traced = t.emit("along", [x], x.shape, lambda a, s: run(a[0]), attrs)
-    return found
-
-
-def halves(t: Tape, x: Traced, dim: int, run: Callable[..., Any]) -> Traced:
-    dim %= len(x.shape)
-    shape = tuple(n // 2 if k == dim else n for k, n in enumerate(x.shape))
-    found: Traced = t.emit("halves", [x], shape, lambda a, s: run(a[0]), {"dim": dim})
-    return found
-
-
-def reduced(t: Tape, x: Traced, dims: Sequence[int], keepdims: bool, kind: str, run: Callable[..., Any]) -> Traced:
-    """``kind`` "summed": a removed index just drops out; "mixed": mean, max, ..."""
-    rank = len(x.shape)
-    gone = sorted({d % rank for d in dims})
-    kept = [None if k in gone else k for k in range(rank) if keepdims or k not in gone]
-    shape = tuple(1 if k is None else x.shape[k] for k in kept)
-    found: Traced = t.emit("along", [x], shape, lambda a, s: run(a[0]), {"map": kept, kind: gone})
-    return found
-
-
-def view(t: Tape, x: Traced, shape: tuple[int, ...]) -> Traced:
-    found: Traced = t.emit("view", [x], shape, lambda a, s: ops.reshape(a[0], shape))
-    return found
-
-
-def permuted(t: Tape, x: Traced, order: Sequence[int]) -> Traced:
-    order = [k % len(x.shape) for k in order]
-    shape = tuple(x.shape[k] for k in order)
-    found: Traced = t.emit("permute", [x], shape, lambda a, s: ops.transpose(a[0], order), {"order": order})
-    return found
 
 
 def is_last(layer: Any) -> bool:
@@ -116,50 +43,6 @@ def dense(t: Tape, layer: Any, x: Traced) -> Traced:
     out = t.emit("dense", inputs, (*x.shape[:-1], layer.units), run)
     t.bind("units", out, -1)
     return activation(t, layer.activation, out)
-
-
-def einsum_dense(t: Tape, layer: Any, x: Traced) -> Any:
-    return _einsum_dense(t, layer, x, "output_shape")
-
-
-def _einsum_dense(t: Tape, layer: Any, x: Traced, key: str | None = None) -> Traced:
-    """``key``: the field of the configuration that holds the result's shape."""
-    operands, _, result = layer.equation.replace(" ", "").partition("->")
-    left, _, weight = operands.partition(",")
-    if layer.equation != layer.equation.lower() or left[-1] == "." or left.startswith("...") != result.startswith("..."):
-        raise NoRuleError("its equation has capital letters, or an ellipsis on the right")
-    first = min((result.index(c) for c in layer.bias_axes or ""), default=len(result))
-    line = f"{_spaced(left)}, {_spaced(weight)}, {_spaced(result[first:]) or '...'} -> {_spaced(result)}"
-    letters = dict.fromkeys((left + weight).replace(".", ""))
-    macs = " ".join([*letters, *(["..."] if "..." in result else [])])
-
-    def run(a: Sequence[Any], s: Any) -> Any:
-        y = ops.einsum(layer.equation, a[0], a[1])
-        return y if a[2] is None else y + a[2]
-
-    shape = _einsum_shape(left, weight, result, x.shape, tuple(layer.kernel.shape))
-    out: Traced = t.emit("einsum", [x, t.weight(layer.kernel), t.weight(layer.bias)], shape, run, {"line": line, "macs": (macs,)})
-    if key is not None:
-        dense_sizes = layer.get_config()[key]
-        sizes = (dense_sizes,) if isinstance(dense_sizes, int) else tuple(dense_sizes)
-        offset = len(shape) - len(sizes)
-        if isinstance(dense_sizes, int):
-            t.bind(key, out, -1)
-        else:
-            t.bind_all(key, out, [None if n is None else offset + k for k, n in enumerate(sizes)], sizes)
-    return activation(t, layer.activation, out)
-
-
-def _einsum_shape(left: str, weight: str, result: str, x: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """Keras itself leaves open what its configuration does."""
-    letters = left.removeprefix("...")
-    rest = x[: len(x) - len(letters)]
-    sizes = dict(zip(letters + weight, (*x[len(rest) :], *kernel), strict=True))
-    return (*rest, *(sizes[c] for c in result.removeprefix("...")))
-
-
-def _spaced(pattern: str) -> str:
-    return " ".join(["...", *pattern[3:]] if pattern.startswith("...") else pattern)
 
 
 def conv(t: Tape, layer: Any, x: Traced) -> Traced:
@@ -355,66 +238,6 @@ def _given(value: int | None) -> int:
     return value
 
 
-# --- attention ------------------------------------------------------------------------------------------------------
-
-
-def multi_head_attention(t: Tape, layer: Any, query: Traced, value: Traced, key: Any = None, **options: Any) -> Any:
-    key = value if key is None else key
-    asked = {name: v for name, v in options.items() if name != "training" and v is not None and v is not False}
-    plain = all(len(x.shape) == 3 for x in (query, key, value)) and layer.attention_axes in (None, (1,)) and not asked
-    if not plain or layer._use_gate or layer._sliding_window or (layer._output_shape and len(layer._output_shape) != 1):
-        raise NoRuleError("attention with masks, gates, windows or several axes")
-    q, k, v = (_einsum_dense(t, part, x) for part, x in ((layer.query_dense, query), (layer.key_dense, key), (layer.value_dense, value)))
-    t.bind("num_heads", q, 2)
-    t.bind("key_dim", q, 3)
-    t.bind("value_dim", v, 3)
-    if q.shape[3] == v.shape[3]:  # JAX's attention takes no other, and the result is to run on every backend
-        t.tie(q.id, 3, v.id, 3)
-    return _attention_output(t, layer.output_dense, _attend(t, q, k, v))
-
-
-def grouped_query_attention(t: Tape, layer: Any, query: Traced, value: Traced, key: Any = None, **options: Any) -> Any:
-    key = value if key is None else key
-    asked = {name: v for name, v in options.items() if name != "training" and v is not None and v is not False}
-    if asked or layer.use_gate or layer.sliding_window or any(len(x.shape) != 3 for x in (query, key, value)):
-        raise NoRuleError("attention with masks, gates, windows or several axes")
-    q, k, v = (_einsum_dense(t, part, x) for part, x in ((layer._query_dense, query), (layer._key_dense, key), (layer._value_dense, value)))
-    t.bind("num_query_heads", q, 2)
-    t.bind("num_key_value_heads", k, 2)
-    t.bind("head_dim", q, 3)
-    t.tie(q.id, 3, v.id, 3)
-    out = _attend(t, q, k, v)
-    return _einsum_output(t, layer._output_dense, out, query)
-
-
-def _attend(t: Tape, q: Traced, k: Traced, v: Traced) -> Traced:
-    """Scaled by the head dim's width; each key head serves as many query heads, one after the other."""
-
-    def run(a: Sequence[Any], s: Any) -> Any:
-        query, key, value = a
-        times = query.shape[2] // key.shape[2]
-        key, value = (ops.repeat(x, times, axis=2) if times > 1 else x for x in (key, value))
-        scores = ops.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(query.shape[3])
-        return ops.einsum("nhqk,nkhd->nqhd", ops.softmax(scores, axis=-1), value)
-
-    out: Traced = t.emit("attention_heads", [q, k, v], (*q.shape[:3], v.shape[3]), run)
-    return out
-
-
-def _attention_output(t: Tape, layer: Any, x: Traced) -> Traced:
-    """The projection behind the heads; its width is what the configuration says, or that of the query."""
-    out = _einsum_dense(t, layer, x)
-    t.bind_all("output_shape", out, [2], [out.shape[2]])
-    return out
-
-
-def _einsum_output(t: Tape, layer: Any, x: Traced, query: Traced) -> Traced:
-    """The projection back to the width of the query, whatever that is."""
-    out = _einsum_dense(t, layer, x)
-    t.tie(out.id, 2, query.id, 2)
-    return out
-
-
 # --- layers without weights -----------------------------------------------------------------------------------------
 
 
@@ -493,13 +316,6 @@ def merged(t: Tape, layer: Any, inputs: Sequence[Traced]) -> Any:
 
 def concatenate(t: Tape, layer: Any, inputs: Sequence[Traced]) -> Traced:
     return joined(t, inputs, layer.axis)
-
-
-def joined(t: Tape, inputs: Sequence[Traced], axis: int) -> Traced:
-    dim = axis % len(inputs[0].shape)
-    shape = tuple(sum(x.shape[k] for x in inputs) if k == dim else n for k, n in enumerate(inputs[0].shape))
-    found: Traced = t.emit("concat", list(inputs), shape, lambda a, s: ops.concatenate(list(a), axis=dim), {"dim": dim})
-    return found
 
 
 def _each(names: str, translate: Translate) -> dict[str, Translate]:

@@ -23,7 +23,7 @@ from coppice.keras.data import load_images
 from coppice.keras.files import load_keras
 from coppice.keras.finish import finish
 from coppice.keras.opening import open_model
-from coppice.keras.stages import SLACK, Bench, Parts, Step, cut, dense_step, example_shape, regularised, tune
+from coppice.keras.stages import SLACK, Bench, Parts, cut, dense_step, example_shape, regularised, tune
 from coppice.keras.train import check_recipe
 from coppice.keras.walk import function_of, require_plain
 from coppice.pictures import check_renderer
@@ -31,6 +31,7 @@ from coppice.planning import Plan
 from coppice.progress import Progress, Silent
 from coppice.result import Result
 from coppice.run import KERAS, METRICS, PLAN, Run, check_manifest, check_out, create_run, read_json, resume_run
+from coppice.snapshot import Snapshot
 from coppice.targets import Target, humanise, interpolate, parse_target
 
 DEFAULTS = {"criterion": "taylor", "allocation": "global"}  # what a Keras model is cut by, if nothing else is said
@@ -133,7 +134,7 @@ def _work(model: Any, data: Parts, run: Run, progress: Progress) -> Result[Any]:
     return Result(load_keras(run.path / KERAS, code), plan, read_json(run.path / METRICS), run.path)
 
 
-def _towards_target(bench: Bench, history: list[Step]) -> Step:
+def _towards_target(bench: Bench, history: list[Snapshot]) -> Snapshot:
     """Regularise if asked to, cut and fine-tune to the target, then fine-tune again for as long as the floor is not held and it helps."""
     config, dense = bench.config, history[0]
     budgets, epochs, now = config.target.resolve(bench.cost), config.recipe.epochs, dense
@@ -157,19 +158,19 @@ def _towards_target(bench: Bench, history: list[Step]) -> Step:
     return now
 
 
-def _enough(bench: Bench, dense: Step) -> float:
+def _enough(bench: Bench, dense: Snapshot) -> float:
     """The top-1 on validation with which fine-tuning may end early."""
     config = bench.config
     return dense.top1 - config.max_drop - SLACK if config.stop_early and config.max_drop is not None else math.inf
 
 
-def _noted(bench: Bench, history: list[Step], step: Step) -> Step:
+def _noted(bench: Bench, history: list[Snapshot], step: Snapshot) -> Snapshot:
     if step.stage != history[-1].stage:
         history.append(step)
         bench.progress.say(f"{step.stage}: {step.cost['macs'] / bench.cost.macs:.3f} of the MACs, validation top-1 {step.top1:.2f} %")
     return step
 
 
-def _holds_floor(bench: Bench, dense: Step, now: Step) -> bool:
+def _holds_floor(bench: Bench, dense: Snapshot, now: Snapshot) -> bool:
     limit = bench.config.max_drop
     return limit is None or dense.top1 - now.top1 <= limit + SLACK

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from coppice.keras.layers import NoRuleError, Translate, halves, joined, mixing, names, permuted, pointwise, reduced, view
+from coppice.keras.common_ops import NoRuleError, Translate, halves, joined, mixing, names, permuted, pointwise, reduced, view
 from coppice.keras.tape import Tape, Traced
 from coppice.movement import PICKED
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from coppice.planning import make_plan as plan_that_keeps
 from coppice.progress import Progress
 from coppice.recipe import Recipe, described
 from coppice.run import Json, Run, replacing
+from coppice.snapshot import Snapshot, as_snapshot
 from coppice.stepwise import of_one_shape
 
 SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide
@@ -56,29 +57,6 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A model on the way: a plan against the dense model (None: itself), its stored weights, what it costs and reaches."""
-
-    stage: str
-    plan: str | None
-    state: Mapping[str, str] | None
-    cost: Mapping[str, float]
-    val: Mapping[str, Any]
-    epochs: int = 0
-    checks: Sequence[str] = ()
-    max_error: float = 0.0
-    training: Sequence[Mapping[str, Any]] = field(default=())
-    optimizer: str = ""
-    taken: bool = True  # False: training made it worse, and this is what was there before
-    recovery: Mapping[str, Any] | None = None  # of the last cut: `coppice.mending.Recovery`
-    regularised: Mapping[str, Any] | None = None  # the kind, its strength, and how far it came
-
-    @property
-    def top1(self) -> float:
-        return float(self.val["top1"])
-
-
-@dataclass(frozen=True)
 class Bench:
     """What every stage works with; `dense` stays as it is."""
 
@@ -101,18 +79,18 @@ def example_shape(data: Parts) -> tuple[int, ...]:
     return (1, *first[0].shape[1:])
 
 
-def dense_step(bench: Bench) -> Step:
-    return _stage(bench, "dense", lambda: Step("dense", None, None, bench.cost.to_dict(), _validate(bench, bench.dense, "dense")))
+def dense_step(bench: Bench) -> Snapshot:
+    return _stage(bench, "dense", lambda: Snapshot("dense", None, None, bench.cost.to_dict(), _validate(bench, bench.dense, "dense")))
 
 
-def _stage(bench: Bench, name: str, compute: Callable[[], Step]) -> Step:
-    return Step(**bench.run.stage(name, lambda: asdict(compute())))
+def _stage(bench: Bench, name: str, compute: Callable[[], Snapshot]) -> Snapshot:
+    return as_snapshot(bench.run.stage(name, lambda: asdict(compute())))
 
 
-def cut(bench: Bench, name: str, before: Step, budgets: Mapping[str, float]) -> Step:
+def cut(bench: Bench, name: str, before: Snapshot, budgets: Mapping[str, float]) -> Snapshot:
     """Score, plan, apply and verify: a smaller model within `budgets`."""
 
-    def work() -> Step:
+    def work() -> Snapshot:
         config, model = bench.config, materialise(bench, before)
         coupling = couple(capture(model, example_shape(bench.data))) if before.plan else bench.coupling
         with bench.progress.bar(f"{name}: scoring by {config.criterion}"):
@@ -130,7 +108,7 @@ def cut(bench: Bench, name: str, before: Step, budgets: Mapping[str, float]) -> 
         state = _store(bench, name, pruned)
         val = _validate(bench, pruned, name)
         worst, said = max(before.max_error, proof.max_error), asdict(recovery) | {"criterion": config.criterion}
-        return Step(
+        return Snapshot(
             name, whole.to_json(), state, cost.to_dict(), val, checks=checks, max_error=worst, recovery=said, regularised=before.regularised
         )
 
@@ -152,12 +130,12 @@ def _repaired(bench: Bench, name: str, model: Any, pruned: Any, coupling: Coupli
     return found
 
 
-def tune(bench: Bench, name: str, before: Step, epochs: int, rate: float = 1.0, enough: float = math.inf) -> Step:
+def tune(bench: Bench, name: str, before: Snapshot, epochs: int, rate: float = 1.0, enough: float = math.inf) -> Snapshot:
     """Fine-tune for some epochs by the recipe; what training makes worse on validation is not taken."""
     if epochs == 0:
         return before
 
-    def work() -> Step:
+    def work() -> Snapshot:
         model = materialise(bench, before)
         recipe, epochs_said = _trained(bench, name, model, before, epochs, rate, enough)
         val = _validate(bench, model, name)
@@ -173,7 +151,7 @@ def tune(bench: Bench, name: str, before: Step, epochs: int, rate: float = 1.0, 
 
 
 def _trained(
-    bench: Bench, name: str, model: Any, before: Step, epochs: int, rate: float = 1.0, enough: float = math.inf, along: Any = None
+    bench: Bench, name: str, model: Any, before: Snapshot, epochs: int, rate: float = 1.0, enough: float = math.inf, along: Any = None
 ) -> tuple[Recipe, list[Json]]:
     """Train ``model``, which is ``before``'s, in place by the run's recipe; a stage that was stopped goes on at the epoch it was in."""
     config = bench.config
@@ -207,7 +185,7 @@ def _teacher(bench: Bench, recipe: Recipe) -> Any:
     return build(bench.dense, None, weights_in(bench.dense)) if recipe.distill else None
 
 
-def _settled(bench: Bench, before: Step, epochs: int, rate: float) -> Recipe:
+def _settled(bench: Bench, before: Snapshot, epochs: int, rate: float) -> Recipe:
     """The run's recipe with its optimiser; an open one is rehearsed once a run, on the first model that is to be trained."""
     config = bench.config
     recipe = replace(config.recipe, epochs=epochs)
@@ -228,10 +206,10 @@ def _settled(bench: Bench, before: Step, epochs: int, rate: float) -> Recipe:
     return replace(recipe, lr=recipe.peak_lr() * rate)
 
 
-def regularised(bench: Bench, name: str, before: Step, epochs: int, budgets: Mapping[str, float]) -> Step:
+def regularised(bench: Bench, name: str, before: Snapshot, epochs: int, budgets: Mapping[str, float]) -> Snapshot:
     """The dense model after ``epochs`` with the run's regularisation; nothing is removed yet: what is near zero is for the cut to find."""
 
-    def work() -> Step:
+    def work() -> Snapshot:
         config, model = bench.config, materialise(bench, before)
         fitted = fitting(bench.data.train, config.recipe)
         reg = regulariser(
@@ -251,7 +229,7 @@ def regularised(bench: Bench, name: str, before: Step, epochs: int, budgets: Map
     return _stage(bench, name, work)
 
 
-def materialise(bench: Bench, step: Step) -> Any:
+def materialise(bench: Bench, step: Snapshot) -> Any:
     """The model of a step, built from what is on disk: a resumed run must see the same bits."""
     if step.plan is None or step.state is None:
         return _compiled(bench, build(bench.dense, None, weights_in(bench.dense)))
@@ -283,7 +261,7 @@ def _validate(bench: Bench, model: Any, name: str) -> Json:
     return {"top1": found.top1, "top5": found.top5, "loss": found.loss, "n": found.n, "top1_ci95": list(found.top1_ci95)}
 
 
-def test_metrics(bench: Bench, step: Step) -> Json:
+def test_metrics(bench: Bench, step: Snapshot) -> Json:
     def work() -> Json:
         with bench.progress.bar(f"{step.stage}: measuring on the test split") as advance:
             return asdict(evaluate(materialise(bench, step), bench.data.test, advance))

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError, DivergedError
 from coppice.keras.augment import AUGMENTATIONS, make_augmentation
@@ -85,10 +86,14 @@ class Epochs(keras.utils.PyDataset):  # type: ignore[misc]
         return steps_per_epoch(self.images, self.recipe)
 
     def __getitem__(self, step: int) -> Any:
-        order = generator(self.seed, "order", self.epoch).permutation(len(self.images))
-        some = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
+        some = _order(self.seed, self.epoch, len(self.images))[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
         draw = generator(self.seed, "augment", self.epoch, step)
         return next(batches_of(self.images, len(some), some, None if self.augment is None else partial(self.augment, draw)))
+
+
+@lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return generator(seed, "order", epoch).permutation(count)
 
 
 class Listed(keras.utils.PyDataset):  # type: ignore[misc]

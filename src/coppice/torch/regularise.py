@@ -137,9 +137,7 @@ def regulariser(
     indices have to go, and an automatic `strength`. CoppiceError for an unknown kind, a strength that is none, or nothing to regularise.
     """
 
-    def make(given: float | None, plan: Plan | None) -> Shrinking:
+    def make(given: float | None, plan: Plan | None) -> Regulariser:
         return Regulariser(model, coupling, kind, given, steps, plan)
 
-    found = prepared(make, coupling, kind, steps, target, strength, round_to, min_width)
-    assert isinstance(found, Regulariser)
-    return found
+    return prepared(make, coupling, kind, steps, target, strength, round_to, min_width)
