@@ -32,15 +32,16 @@ def without_collection() -> Iterator[None]:
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module under each of its paths, as ``named_modules(remove_duplicate=False)``, whose nested generators take longer."""
     found: list[tuple[str, nn.Module]] = []
-
-    def visit(path: str, module: nn.Module) -> None:
-        found.append((path, module))
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(f"{path}.{name}" if path else name, child)
-
-    visit("", model)
+    _visit("", model, found)
     return found
+
+
+def _visit(path: str, module: nn.Module, found: list[tuple[str, nn.Module]]) -> None:
+    """Add ``module`` and all in it. No closure: one that calls itself is a cycle, and would keep a trial's whole copy of the model alive."""
+    found.append((path, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _visit(f"{path}.{name}" if path else name, child, found)
 
 
 def hears_of_its_mode(modules: list[tuple[str, nn.Module]]) -> bool:
