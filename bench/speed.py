@@ -29,7 +29,6 @@ from typing import Any
 from coverage import HERE, build_model, example_inputs
 
 REPEATS = 3
-LIMIT = 90.0  # seconds a model
 MEMORY = 16 * 2**30  # bytes of address space that a model may take: one of the two may ask for all there is
 DEPTHS = (50, 251, 500, 1001)
 Row = dict[str, Any]
@@ -201,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--list", type=Path, default=HERE / "zoo.txt")
     parser.add_argument("--only", action="append", help="a part of the name")
+    parser.add_argument("--limit", type=float, default=90.0, help="seconds a model, by the clock on the wall [90]")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
@@ -222,12 +222,12 @@ def main() -> None:
     for line in models:
         name = line.rsplit(":", 1)[0]
         if name not in rows:
-            rows[name] = {"name": name, **in_a_process(lambda line=line: zoo_model(line), LIMIT)}  # type: ignore[misc]
+            rows[name] = {"name": name, **in_a_process(lambda line=line: zoo_model(line), args.limit)}  # type: ignore[misc]
             print(json.dumps(rows[name]), flush=True)
             save()
     for depth in DEPTHS if not args.only else ():
         if depth not in depths:
-            depths[depth] = {"depth": depth, **in_a_process(lambda depth=depth: deep_model(depth), LIMIT)}  # type: ignore[misc]
+            depths[depth] = {"depth": depth, **in_a_process(lambda depth=depth: deep_model(depth), args.limit)}  # type: ignore[misc]
             save()
     text = table(list(rows.values())) + ("\n\n" + depth_table(list(depths.values())) if depths else "")
     print(text)

@@ -37,7 +37,7 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _visit(path: str, module: nn.Module, found: list[tuple[str, nn.Module]]) -> None:
-    """Add ``module`` and all in it. No closure: one that calls itself is a cycle, and would keep a trial's whole copy of the model alive."""
+    """Add ``module`` and all in it. No closure: one that calls itself is a cycle, which keeps a whole model alive."""
     found.append((path, module))
     for name, child in module._modules.items():
         if child is not None:
