@@ -18,11 +18,12 @@ from coppice.coupling import Coupling
 from coppice.data import load_data
 from coppice.demo import digits_net
 from coppice.errors import CoppiceError, VerificationError
+from coppice.masking import plan_of, unpacked, weight_scores
 from coppice.masks import MaskRecipe, Site, choose, cubic, erk, pattern, sites, sparsity
 from coppice.planning import Plan, compose
 from coppice.recipe import Recipe
 from coppice.run import INT8, PLAN, SPARSE, read_json, read_tensors
-from coppice.torch.masking import Growing, Held, hold_masks, mask, plan_of, semi_structured, take_in, unpacked, weight_scores
+from coppice.torch.masking import Growing, Held, semi_structured
 from coppice.train import fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,9 +72,9 @@ def some_batches(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def test_what_can_be_masked_and_along_which_dim(many: tuple[nn.Module, Coupling]) -> None:
     found, dense = sites(many[1])
-    assert {s.name: (s.along, s.run) for s in found} == {
-        "stem.weight": (1, 3), "grouped.weight": (1, 8), "depthwise.weight": (1, 1), "up.weight": (0, 16), "fc.weight": (1, 24),
-        "plain": (0, 12),
+    assert {s.name: (s.along, s.outputs, s.run) for s in found} == {
+        "stem.weight": ((1,), (0,), 3), "grouped.weight": ((1,), (0,), 8), "depthwise.weight": ((1,), (0,), 1),
+        "up.weight": ((0,), (1,), 16), "fc.weight": ((1,), (0,), 24), "plain": ((0,), (1,), 12),
     }  # fmt: skip
     assert dense["norm.weight"] == dense["fc.bias"] == "it is a vector"
     assert "embedding" in dense["table.weight"]
@@ -90,14 +91,14 @@ def test_macs_left_in_theory_are_those_of_the_weights_that_stay(many: tuple[nn.M
 
 def test_two_of_every_four_along_the_input(many: tuple[nn.Module, Coupling]) -> None:
     model, coupling = many
-    masked, plan = mask(model, coupling, MaskRecipe(nm="2:4"))
+    masked, plan = coppice.mask(model, coupling, MaskRecipe(nm="2:4"))
     masks = unpacked(plan)
     assert masks.keys() == {"grouped.weight", "up.weight", "fc.weight", "plain"}  # 3 and 1 inputs don't divide by 4
     weights = dict(model.named_parameters())
     for site in sites(coupling)[0]:
         if site.name in masks:
-            runs = np.moveaxis(masks[site.name], site.along, -1).reshape(-1, 4)
-            size = np.moveaxis(weights[site.name].detach().abs().numpy(), site.along, -1).reshape(-1, 4)
+            runs = np.moveaxis(masks[site.name], site.along[0], -1).reshape(-1, 4)
+            size = np.moveaxis(weights[site.name].detach().abs().numpy(), site.along[0], -1).reshape(-1, 4)
             assert (runs.sum(1) == 2).all()
             assert (np.where(runs, size, np.inf).min(1) >= np.where(runs, -np.inf, size).max(1)).all()
     assert sparsity(coupling, masks, MaskRecipe(nm="2:4")).left_dense["stem.weight"] == "its 3 inputs don't divide by 2:4"
@@ -106,7 +107,7 @@ def test_two_of_every_four_along_the_input(many: tuple[nn.Module, Coupling]) -> 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "row", "erk"])
 def test_shares(scope: str) -> None:
-    where = [Site("a", (64, 32, 3, 3), 1, 32, 1), Site("b", (10, 64), 1, 64, 1)]
+    where = [Site("a", (64, 32, 3, 3), (1,), (0,), 32, 1), Site("b", (10, 64), (1,), (0,), 64, 1)]
     generator = np.random.default_rng(0)
     scores = {"a": generator.random(where[0].shape), "b": 100 + generator.random(where[1].shape)}
     masks = choose(scores, where, MaskRecipe(0.8, scope=scope))
@@ -124,7 +125,7 @@ def test_shares(scope: str) -> None:
 
 
 def test_no_layer_is_emptied() -> None:
-    where = [Site("a", (64, 64), 1, 64, 1), Site("b", (64, 64), 1, 64, 1)]
+    where = [Site("a", (64, 64), (1,), (0,), 64, 1), Site("b", (64, 64), (1,), (0,), 64, 1)]
     masks = choose({"a": np.zeros((64, 64)), "b": np.random.default_rng(0).random((64, 64))}, where, MaskRecipe(0.9))
     assert masks["a"].sum() >= 40
     assert masks["a"].sum() + masks["b"].sum() == round(0.1 * 2 * 64 * 64)
@@ -142,8 +143,8 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
     batches = [(torch.randn(16, 6), torch.zeros(16)) for _ in range(2)]
-    where, _ = sites(coupled(model, 2, 6))
-    scores = weight_scores(model, where, "wanda", batches, 0)
+    coupling = coupled(model, 2, 6)
+    scores = weight_scores(model, coupling, sites(coupling)[0], "wanda", batches, 0)
     x = torch.cat([x for x, _ in batches])
     hidden = torch.relu(model[1](x)).detach()
     for name, inputs, layer in (("1.weight", x, model[1]), ("3.weight", hidden, model[3])):
@@ -154,7 +155,7 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input() -> None:
 def test_obs_makes_good_what_goes(many: tuple[nn.Module, Coupling], recipe: MaskRecipe) -> None:
     model, coupling = many
     x, batches = torch.cat([x for x, _ in some_batches(6)]), some_batches(6)
-    updated, plan = mask(model, coupling, recipe, batches)
+    updated, plan = coppice.mask(model, coupling, recipe, batches)
     plain = coppice.apply(model, plan)  # the same masks, the weights that stay as they were
     with torch.no_grad():
         want = model(x)
@@ -167,8 +168,8 @@ def test_obs_makes_good_what_goes(many: tuple[nn.Module, Coupling], recipe: Mask
 def test_criteria_mask_their_lowest_scores(many: tuple[nn.Module, Coupling], criterion: str) -> None:
     model, coupling = many
     where, _ = sites(coupling)
-    scores = weight_scores(model, where, criterion, some_batches(), 3)
-    masked, plan = mask(model, coupling, MaskRecipe(0.5, criterion=criterion, scope="layer"), some_batches(), 3)
+    scores = weight_scores(model, coupling, where, criterion, some_batches(), 3)
+    masked, plan = coppice.mask(model, coupling, MaskRecipe(0.5, criterion=criterion, scope="layer"), some_batches(), 3)
     for name, found in unpacked(plan).items():
         assert scores[name][found].min() >= scores[name][~found].max()
     coppice.verify(model, masked, coupling, plan)
@@ -178,7 +179,7 @@ def test_masks_in_a_plan_with_a_structured_cut(many: tuple[nn.Module, Coupling])
     model, coupling = many
     first = coppice.plan(coupling, coppice.score(model, coupling, "l1"), {"macs": 0.6 * coupling.cost().macs})
     smaller = coppice.apply(model, first)
-    masked, step = mask(smaller, coupled(smaller, 2, 3, 12, 12), MaskRecipe(0.5))
+    masked, step = coppice.mask(smaller, coupled(smaller, 2, 3, 12, 12), MaskRecipe(0.5))
     whole = Plan.from_json(compose(first, step).to_json())
     again = coppice.apply(model, whole)
     assert all(torch.equal(a, b) for a, b in zip(masked.state_dict().values(), again.state_dict().values(), strict=True))
@@ -191,7 +192,7 @@ def test_masks_in_a_plan_with_a_structured_cut(many: tuple[nn.Module, Coupling])
 
 def test_a_cut_after_masks_cuts_the_masks(many: tuple[nn.Module, Coupling]) -> None:
     model, coupling = many
-    masked, first = mask(model, coupling, MaskRecipe(0.5))
+    masked, first = coppice.mask(model, coupling, MaskRecipe(0.5))
     second = coppice.plan(coupling, coppice.score(masked, coupling, "l2"), {"macs": 0.6 * coupling.cost().macs})
     whole = compose(first, second)
     want, found = coppice.apply(masked, second).state_dict(), coppice.apply(model, whole).state_dict()
@@ -222,7 +223,7 @@ def test_masked_weights_stay_zero_in_a_loop_of_ones_own(kind: type[torch.optim.O
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=0.05, weight_decay=0.01, **options)  # type: ignore[call-arg]
     gone = ~np.eye(8, dtype=bool)
-    handle = hold_masks(model, {"0.weight": ~gone}, optimizer)
+    handle = coppice.hold_masks(model, {"0.weight": ~gone}, optimizer)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -240,7 +241,7 @@ def test_masked_weights_stay_zero_in_a_loop_of_ones_own(kind: type[torch.optim.O
 def test_masks_are_held_by_fine_tuning_and_the_average_of_its_weights(digits) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     model = digits_net()
-    masked, plan = mask(model, coupled(model, 2, 1, 8, 8), MaskRecipe(0.8))
+    masked, plan = coppice.mask(model, coupled(model, 2, 1, 8, 8), MaskRecipe(0.8))
     before = masked.stem[0].weight.clone()
     fine_tune(masked, digits, Recipe(epochs=1, precision="fp32", ema=0.9, lr=0.05), along=Held(masked, unpacked(plan)))
     weights = dict(masked.named_parameters())
@@ -286,7 +287,7 @@ def test_models_pruned_by_pytorch_are_taken_in() -> None:
     torch_prune.random_unstructured(model[3], "weight", amount=100)
     x = torch.randn(2, 3, 8, 8)
     want = model(x)
-    plain, masks = take_in(model)
+    plain, masks = coppice.take_in(model)
     assert torch.equal(plain(x), want)
     assert {n: int((~m).sum()) for n, m in masks.items()} == {"0.weight": 108, "3.weight": 100}
     assert sorted(plain.state_dict()) == ["0.bias", "0.weight", "3.bias", "3.weight"]
@@ -295,7 +296,7 @@ def test_models_pruned_by_pytorch_are_taken_in() -> None:
     coupling = coupled(plain, 2, 3, 8, 8)
     coppice.verify(plain, plain, coupling, plan_of(coupling, masks))
     with pytest.raises(CoppiceError, match="nothing to take in"):
-        take_in(plain)
+        coppice.take_in(plain)
 
 
 def test_two_four_tensors_need_a_gpu_that_has_them() -> None:
@@ -329,7 +330,7 @@ def test_settings_that_can_not_be(given: dict[str, object], says: str) -> None:
 
 def test_images_are_asked_for(many: tuple[nn.Module, Coupling]) -> None:
     with pytest.raises(CoppiceError, match="need calibration batches"):
-        mask(*many, MaskRecipe(0.5, criterion="wanda"))
+        coppice.mask(*many, MaskRecipe(0.5, criterion="wanda"))
 
 
 def test_structured_then_masks_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from coppice.criteria import score
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
-    from coppice.front_ends import apply, capture, export, prune, regulariser, repair, verify
+    from coppice.front_ends import apply, capture, export, hold_masks, mask, prune, regulariser, repair, verify
     from coppice.keras.functional import as_functional
     from coppice.masks import MaskRecipe
     from coppice.modules import removable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from coppice.schedules import rewind, train_and_prune
     from coppice.sparse_file import load_sparse, save_sparse
     from coppice.timing import measure
-    from coppice.torch.masking import hold_masks, mask, take_in
+    from coppice.torch.masking import take_in
 
 __version__ = "0.1.0"
 
@@ -39,10 +39,10 @@ _HOMES = {
     "capture": "coppice.front_ends",
     "couple": "coppice.coupling",
     "export": "coppice.front_ends",
-    "hold_masks": "coppice.torch.masking",
+    "hold_masks": "coppice.front_ends",
     "load": "coppice.run",
     "load_sparse": "coppice.sparse_file",
-    "mask": "coppice.torch.masking",
+    "mask": "coppice.front_ends",
     "measure": "coppice.timing",
     "plan": "coppice.allocate",
     "prune": "coppice.front_ends",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coppice.coupling import Coupling
+from coppice.coupling import Coupling, Mask
 from coppice.errors import CoppiceError
 from coppice.frameworks import is_keras
 from coppice.graph import Graph
+from coppice.masking import unpacked
+from coppice.masks import MaskRecipe
 from coppice.planning import Plan
 from coppice.refit import Refit
 from coppice.targets import Target
@@ -62,6 +64,39 @@ def export(model: Any, path: str | Path, to: str = "onnx", inputs: Any = None, *
     if inputs is None:
         raise CoppiceError("a PyTorch model is compared with its file on images: give at least four as inputs")
     return write_torch(to, model, inputs, path, opset)
+
+
+def mask(model: Any, coupling: Coupling, recipe: MaskRecipe, batches: Iterable[Any] | None = None, seed: int = 0) -> tuple[Any, Plan]:
+    """A copy of ``model`` with the weights masked that the recipe says, and the plan that holds the masks (and removes no index).
+
+    ``coupling`` is the model's; ``batches`` are calibration images (inputs, labels), for the criteria that look at some. CoppiceError where
+    nothing can be masked, or batches are missing.
+    """
+    if is_keras(model):
+        from coppice.keras.masking import mask as mask_keras
+
+        return mask_keras(model, coupling, recipe, batches, seed)
+    from coppice.torch.masking import mask as mask_torch
+
+    return mask_torch(model, coupling, recipe, batches, seed)
+
+
+def hold_masks(model: Any, masks: Plan | Mapping[str, Mask], optimizer: Any = None) -> Any:
+    """Keep the masked weights of ``model`` zero in a training of your own; the ``remove()`` of what it answers ends that.
+
+    ``masks``: a plan that has some, or arrays by parameter name (True: stays). A PyTorch model is held after each step of ``optimizer``; a
+    Keras model in every step of any of Keras's optimisers, in ``fit`` or in a loop.
+    """
+    arrays = unpacked(masks) if isinstance(masks, Plan) else masks
+    if is_keras(model):
+        from coppice.keras.masking import hold_masks as hold_keras
+
+        return hold_keras(model, arrays)
+    if optimizer is None:
+        raise CoppiceError("masks of a PyTorch model are held after each step of an optimiser: give that as well")
+    from coppice.torch.masking import hold_masks as hold_torch
+
+    return hold_torch(model, arrays, optimizer)
 
 
 def prune(model: Any, data: Any, target: Any = Target(), **options: Any) -> Any:

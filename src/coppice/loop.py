@@ -33,7 +33,8 @@ from coppice.finish import finish
 from coppice.floor import has_seen_validation
 from coppice.forward import device_of, logits, placed
 from coppice.machine import usable_cores
-from coppice.mask_stage import grown, levels, masked
+from coppice.mask_stage import grown, masked
+from coppice.masking import rounds, zeros_said
 from coppice.masks import NOTHING, sites
 from coppice.models import load_model, one_line
 from coppice.parallel import current, joined, leads
@@ -257,12 +258,10 @@ def _with_masks(bench: Workbench, history: list[Snapshot], now: Snapshot) -> Sna
     if config.masks.schedule == "cubic":
         now = _noted(bench, history, grown(bench, "masks grown", now, config.recipe.epochs, config.masks))
         return _again(bench, "masks grown", history, now, config.recipe.epochs, config.rounds)
-    steps = levels(config.masks)
-    for k, recipe in enumerate(steps, 1):
-        now = _noted(bench, history, masked(bench, f"masked {k}", now, recipe))
-        spent = config.recipe.epochs // len(steps) + (config.recipe.epochs % len(steps) if k == len(steps) else 0)
-        now = _noted(bench, history, tune(bench, f"masked {k}, tuned", now, spent, enough=_enough(bench, history[0])))
-    return _again(bench, f"masked {len(steps)}, tuned", history, now, config.recipe.epochs, config.rounds)
+    for name, recipe, epochs in rounds(config.masks, config.recipe.epochs):
+        now = _noted(bench, history, masked(bench, name, now, recipe))
+        now = _noted(bench, history, tune(bench, f"{name}, tuned", now, epochs, enough=_enough(bench, history[0])))
+    return _again(bench, f"{name}, tuned", history, now, config.recipe.epochs, config.rounds)
 
 
 def _towards_target(bench: Workbench, history: list[Snapshot]) -> Snapshot:
@@ -362,7 +361,7 @@ def _verdict(bench: Workbench, dense: Snapshot, reached: Snapshot) -> tuple[bool
     if not config.target and not config.masks:
         parts.append(_share(bench, reached, "macs"))
     if reached.masks:
-        parts.append(f"{100 * reached.masks['share']:.1f} % of {humanise(reached.masks['weights'], 'params')} weights are zero")
+        parts.append(zeros_said(reached.masks))
     before, after = test_metrics(bench, dense), test_metrics(bench, reached)
     drop = before["top1"] - after["top1"]
     parts.append(_floor("test", drop, config.max_drop))

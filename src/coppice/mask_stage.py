@@ -12,14 +12,15 @@ from coppice.coupling import Coupling, couple
 from coppice.data import sample_batches
 from coppice.errors import CoppiceError
 from coppice.evaluate import reestimate_batchnorm
-from coppice.masks import MaskRecipe, sites, sparsity
+from coppice.masking import facts, plan_of
+from coppice.masks import MaskRecipe, sites
 from coppice.planning import Plan, compose
 from coppice.recovery import recover
 from coppice.run import Json
 from coppice.snapshot import Snapshot, as_snapshot
 from coppice.stages import REPAIRED_AT_ONCE, Workbench, example_input, materialise, preprocessing, validate
 from coppice.torch.capture import capture
-from coppice.torch.masking import Growing, mask, plan_of, unpacked
+from coppice.torch.masking import Growing, mask
 from coppice.torch.program import is_held_out, of_one_shape
 from coppice.tune_stage import how_trained, trained
 
@@ -66,13 +67,6 @@ def grown(bench: Workbench, name: str, before: Snapshot, epochs: int, recipe: Ma
     return as_snapshot(bench.run.stage(name, work, shared=True))
 
 
-def levels(recipe: MaskRecipe) -> list[MaskRecipe]:
-    """The recipe's sparsity in rounds that each take the same share of what is left."""
-    count = recipe.steps if recipe.schedule == "iterative" else 1
-    last = replace(recipe, schedule="one-shot")
-    return [replace(last, sparsity=1 - (1 - recipe.sparsity) ** (k / count)) for k in range(1, count)] + [last]
-
-
 def _noted(
     bench: Workbench,
     name: str,
@@ -84,15 +78,14 @@ def _noted(
     said: Mapping[str, Any],
 ) -> Json:
     whole = compose(Plan.from_json(before.plan), step) if before.plan else step
-    facts = sparsity(coupling, unpacked(step), recipe).to_dict() | {
-        "criterion": recipe.criterion,
-        "scope": recipe.within,
-        "asked": str(recipe),
-    }
     state = bench.run.save_state(name, model.state_dict())
     val = validate(bench, model, name)
     untrained = {"epochs": 0, "training": (), "optimizer": "", "taken": True}  # what was before may have been
-    return asdict(replace(before, stage=name, plan=whole.to_json(), state=state, val=val, masks=facts, **{**untrained, **said}))
+    return asdict(
+        replace(
+            before, stage=name, plan=whole.to_json(), state=state, val=val, masks=facts(coupling, step, recipe), **{**untrained, **said}
+        )
+    )
 
 
 def _calibration(bench: Workbench) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from coppice.axes import find
-from coppice.coupling import Coupling, Mask
+from coppice.coupling import Coupling, Mask, OpDims
 from coppice.errors import CoppiceError
 from coppice.graph import Kind, Op
+from coppice.notation import Special, parse, spread
+from coppice.rules import LINES
 from coppice.saliency import Array
 
 CRITERIA = ("magnitude", "gradient", "taylor", "movement", "wanda", "sparsegpt", "random")
@@ -26,7 +28,10 @@ NOTHING = "this model has no weight that can be masked: no convolution or matrix
 SCOPES = ("auto", "global", "layer", "row", "erk")
 SCHEDULES = ("one-shot", "iterative", "cubic")
 _OWN_SCOPE = {"wanda": "row", "sparsegpt": "layer", "random": "layer"}  # what the paper compares within; the others: the whole network
-_CONTRACTIONS = ("conv", "pointwise_conv", "conv_transpose", "mm", "mv")
+_CONTRACTIONS = (
+    "conv", "pointwise_conv", "conv_transpose", "mm", "mv",
+    "conv_kernel_first", "conv_transpose_kernel_first", "depthwise_conv", "dense", "einsum",
+)  # fmt: skip
 _LEAST = 0.01  # of a tensor always stays when all compete: a layer of zeros passes nothing on
 _NM = re.compile(r"(\d{1,3}):(\d{1,3})")
 
@@ -95,13 +100,14 @@ def pattern(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A weight that can be masked: `along` is the dim that the op sums over (in runs of `run` indices: a group's), `macs` those of one
-    sample that multiply by it.
+    """A weight that can be masked: the op sums over the dims `along` (in runs of `run` indices: a group's) and over those of a kernel,
+    `outputs` are the others; `macs` those of one sample that multiply by it.
     """
 
     name: str
     shape: tuple[int, ...]
-    along: int
+    along: tuple[int, ...]
+    outputs: tuple[int, ...]
     run: int
     macs: int
 
@@ -110,10 +116,13 @@ class Site:
         return math.prod(self.shape)
 
 
+_Reading = tuple[tuple[int, ...], tuple[int, ...], int]  # along, outputs, run
+
+
 def sites(coupling: Coupling) -> tuple[list[Site], dict[str, str]]:
     """The weights that can be masked, in order of use, and why each other parameter stays dense."""
     views: dict[int, tuple[int, tuple[int, ...]]] = {}  # value -> the parameter it is a transposition of, and its dims there
-    uses: dict[int, list[tuple[int, int, int]]] = {}
+    uses: dict[int, list[tuple[_Reading, int]]] = {}
     refused: dict[int, str] = {}
     values = coupling.graph.values
     parameters = [v for v in coupling.graph.weights() if v.kind is Kind.PARAMETER]
@@ -127,27 +136,38 @@ def sites(coupling: Coupling) -> tuple[list[Site], dict[str, str]]:
             if read is None or read not in views:
                 continue
             owner, dims = views[read]
-            along = [d for operand, d in info.contracted if operand == k]
-            if op.rule not in _CONTRACTIONS or len(along) != 1 or len(dims) < 2:
+            found = _reading(op, info, k, dims, values[owner].shape)
+            if found is None:
                 refused.setdefault(owner, "it is a vector" if len(values[owner].shape) < 2 else f"read by {op.name}")
                 continue
-            run = _run(op, info.letters, values[owner].shape[dims[along[0]]])
-            uses.setdefault(owner, []).append((dims[along[0]], run, sum(term.evaluate({}) for term in info.macs)))
-    found, dense = [], {}
+            uses.setdefault(owner, []).append((found, sum(term.evaluate({}) for term in info.macs)))
+    known, dense = [], {}
     for value in parameters:
         name, used = value.names[0], uses.get(value.id, [])
         if value.id in refused or not used:
             dense[name] = refused.get(value.id, "no convolution or matrix product reads it")
-        elif len({(along, run) for along, run, _ in used}) > 1:
+        elif len({reading for reading, _ in used}) > 1:
             dense[name] = "it is read along different dims"
         else:
-            found.append(Site(name, value.shape, used[0][0], used[0][1], sum(macs for *_, macs in used)))
-    return found, dense
+            known.append(Site(name, value.shape, *used[0][0], sum(macs for _, macs in used)))
+    return known, dense
 
 
-def _run(op: Op, letters: Mapping[str, Any], size: int) -> int:
-    """How many neighbours along the summed dim belong together: of a transposed convolution's (groups, inputs), a group's inputs."""
-    return find(letters["i"]).size if op.rule == "conv_transpose" else size
+def _reading(op: Op, info: OpDims, k: int, dims: tuple[int, ...], shape: tuple[int, ...]) -> _Reading | None:
+    """How an op reads its operand `k`, whose dims are `dims` of a parameter of that shape; None where it sums over none of them."""
+    if op.rule not in _CONTRACTIONS or not info.macs or k >= len(op.inputs) or len(dims) < 2:
+        return None
+    along = tuple(dims[d] for operand, d in info.contracted if operand == k)
+    if not along and (op.rule, k) != ("depthwise_conv", 1):  # which sums over its kernel alone
+        return None
+    pattern = spread(parse(LINES[op.rule].text(op.attrs)).operands[k], len(dims))
+    outputs = tuple(dims[d] for d, dim in enumerate(pattern) if not isinstance(dim, Special) and dims[d] not in along)
+    return along, outputs, _run(op, info.letters, [shape[d] for d in along])
+
+
+def _run(op: Op, letters: Mapping[str, Any], sizes: list[int]) -> int:
+    """How many neighbours along the summed dims belong together: of a transposed convolution's (groups, inputs), a group's inputs."""
+    return find(letters["i"]).size if op.rule == "conv_transpose" else math.prod(sizes)
 
 
 def choose(scores: Mapping[str, Array], where: list[Site], recipe: MaskRecipe) -> dict[str, Mask]:
@@ -167,11 +187,12 @@ def fits(site: Site, of: int) -> bool:
 
 
 def _n_of_m(scores: Array, site: Site, kept: int, of: int) -> Mask:
-    runs = np.moveaxis(scores, site.along, -1)
+    last = tuple(range(-len(site.along), 0))
+    runs = np.moveaxis(scores, site.along, last)
     order = np.argsort(-runs.reshape(-1, of), axis=1, kind="stable")
     mask = np.zeros((len(order), of), bool)
     np.put_along_axis(mask, order[:, :kept], True, axis=1)
-    return np.ascontiguousarray(np.moveaxis(mask.reshape(runs.shape), -1, site.along))
+    return np.ascontiguousarray(np.moveaxis(mask.reshape(runs.shape), last, site.along))
 
 
 def _by_share(scores: Mapping[str, Array], where: list[Site], density: float, scope: str) -> dict[str, Mask]:
@@ -190,16 +211,14 @@ def _best(scores: Array, count: int) -> Mask:
 
 
 def _each_row(scores: Array, site: Site, density: float) -> Mask:
-    """Every output keeps the same share of what it sums over: the weights of one output are those at one index of all dims but the summed
-    and the kernel's. Of a weight with a kernel the outputs are the other of its first two dims.
-    """
-    outputs = 1 - site.along
-    rows = np.moveaxis(scores, outputs, 0)
-    flat = rows.reshape(len(rows), -1)
+    """Every output keeps the same share of what it sums over."""
+    first = tuple(range(len(site.outputs)))
+    rows = np.moveaxis(scores, site.outputs, first)
+    flat = rows.reshape(math.prod(rows.shape[: len(first)]), -1)
     count = max(1, round(density * flat.shape[1]))
     mask = np.zeros(flat.shape, bool)
     np.put_along_axis(mask, np.argsort(-flat, axis=1, kind="stable")[:, :count], True, axis=1)
-    return np.ascontiguousarray(np.moveaxis(mask.reshape(rows.shape), 0, outputs))
+    return np.ascontiguousarray(np.moveaxis(mask.reshape(rows.shape), first, site.outputs))
 
 
 def _together(scores: Mapping[str, Array], where: list[Site], density: float) -> dict[str, Mask]:

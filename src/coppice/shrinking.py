@@ -228,7 +228,7 @@ def places(coupling: Coupling, kind: str) -> Iterator[Place]:
             continue
         for dim, axis in enumerate(coupling.dims[value.id]):
             for groups in _groups(axis, first):
-                yield Place(name, dim, groups, len(value.shape) > 1 and dim != reads.get(name, -1))
+                yield Place(name, dim, groups, len(value.shape) > 1 and dim not in reads.get(name, ()))
 
 
 def nothing_to_scale(kind: str) -> CoppiceError:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from coppice.errors import CoppiceError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from coppice.errors import CoppiceError, VerificationError
 
 FORMAT = "coppice-sparse-1"
 LIMIT = 8 * 2**30  # bytes that a file may become when it is unpacked
@@ -26,38 +24,85 @@ _MOST_DIMS = 16
 _DENSE, _MASK, _VALUES = "dense/", "mask/", "values/"
 
 
-def save_sparse(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` to `path`, whole or not at all."""
-    import torch
-    from safetensors.torch import save_file
-
+def save_sparse(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write `tensors`, all of PyTorch or all NumPy arrays, to `path`, whole or not at all."""
     from coppice.run import replacing
 
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, Any] = {}
     shapes: dict[str, list[int]] = {}
-    for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        stays = (flat.view(torch.uint8).view(-1, flat.element_size()) != 0).any(1) if flat.numel() else torch.ones(0, dtype=torch.bool)
-        count = int(stays.sum())
-        if tensor.dim() == 0 or count * flat.element_size() + -(-flat.numel() // 8) >= flat.numel() * flat.element_size():
-            stored[_DENSE + name] = tensor.detach().cpu().clone().contiguous()
+    for name, given in tensors.items():
+        tensor = given.copy("C") if isinstance(given, np.ndarray) else given.detach().cpu().clone().contiguous()
+        flat = tensor.reshape(-1)
+        raw = _bytes_of(flat)
+        stays = np.asarray(raw.any(1))
+        if tensor.ndim == 0 or stays.sum() * raw.shape[1] + -(-len(raw) // 8) >= raw.size:
+            stored[_DENSE + name] = tensor
             continue
         shapes[name] = list(tensor.shape)
-        stored[_MASK + name] = torch.from_numpy(np.packbits(stays.numpy()))
-        stored[_VALUES + name] = flat[stays].clone()
+        stored[_MASK + name] = _alike(np.packbits(stays), tensor)
+        stored[_VALUES + name] = flat[_alike(stays, tensor)]
     with replacing(path) as temporary:
-        save_file(stored, temporary, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
+        _writer(tensors)(stored, temporary, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
 
 
-def load_sparse(path: Path, limit: int = LIMIT) -> dict[str, Tensor]:
+def save_checked(path: Path, tensors: Mapping[str, Any]) -> str:
+    """The same, and what was checked of it, in words: VerificationError if the file does not hold the same bits."""
+    save_sparse(path, tensors)
+    again = load_sparse(path, arrays=_are_arrays(tensors))
+    if again.keys() != tensors.keys() or any(not _same(again[name], tensor) for name, tensor in tensors.items()):
+        raise VerificationError(f"{path.name} loaded again does not hold the bits that were saved")
+    return f"{path.name} loaded again: the same bits"
+
+
+def _same(left: Any, right: Any) -> bool:
+    right = right if isinstance(right, np.ndarray) else right.detach().cpu()
+    raw = [_bytes_of(tensor.reshape(-1)) for tensor in (left, right)]
+    return left.shape == right.shape and bool((raw[0] == raw[1]).all())
+
+
+def _are_arrays(tensors: Mapping[str, Any]) -> bool:
+    return all(isinstance(tensor, np.ndarray) for tensor in tensors.values())
+
+
+def _bytes_of(flat: Any) -> NDArray[np.uint8]:
+    """A row of bytes for every number."""
+    if isinstance(flat, np.ndarray):
+        return flat.view(np.uint8).reshape(len(flat), flat.itemsize)
+    import torch
+
+    found: NDArray[np.uint8] = flat.view(torch.uint8).numpy().reshape(len(flat), flat.element_size())
+    return found
+
+
+def _alike(array: NDArray[Any], tensor: Any) -> Any:
+    """The array as what the tensor is."""
+    if isinstance(tensor, np.ndarray):
+        return array
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def _writer(tensors: Mapping[str, Any]) -> Callable[..., None]:
+    if _are_arrays(tensors):
+        from safetensors.numpy import save_file
+
+        return save_file
+    from safetensors.torch import save_file as save_torch
+
+    return save_torch
+
+
+def load_sparse(path: Path, limit: int = LIMIT, *, arrays: bool = False) -> dict[str, Any]:
     """The tensors of a file that `save_sparse` wrote, dense again, the same bits. Raises CoppiceError for anything else.
 
-    A file that would take more than `limit` bytes of memory is refused before it is unpacked.
+    `arrays`: NumPy arrays, with no need of PyTorch. A file that would take more than `limit` bytes of memory is refused before it is
+    unpacked.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np" if arrays else "pt") as file:
             shapes = _shapes(path, file.metadata() or {})
             names = list(file.keys())
             _check(path, file, names, shapes, limit)
@@ -113,16 +158,17 @@ def _check(path: Path, file: Any, names: list[str], shapes: Mapping[str, tuple[i
         )
 
 
-def _unpacked(path: Path, file: Any, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
-    import torch
-
+def _unpacked(path: Path, file: Any, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     owner = name.partition("/")[2]
-    values, packed, shape = file.get_tensor(_VALUES + owner), file.get_tensor(name).numpy(), shapes[owner]
-    stays = torch.from_numpy(np.unpackbits(packed, count=math.prod(shape)).view(bool))
+    values, packed, shape = file.get_tensor(_VALUES + owner), np.asarray(file.get_tensor(name)), shapes[owner]
+    stays = np.unpackbits(packed, count=math.prod(shape)).view(bool)
     if int(stays.sum()) != len(values):
         raise _broken(path, f"the mask of {owner!r} has {int(stays.sum())} weights, the file {len(values)} values")
-    tensor = torch.zeros(math.prod(shape), dtype=values.dtype)
-    tensor[stays] = values
+    if isinstance(values, np.ndarray):
+        tensor: Any = np.zeros(math.prod(shape), values.dtype)
+    else:
+        tensor = values.new_zeros(math.prod(shape))
+    tensor[_alike(stays, tensor)] = values
     return tensor.reshape(shape)
 
 

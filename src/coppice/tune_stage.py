@@ -10,13 +10,14 @@ from torch import nn
 
 from coppice.along import Along
 from coppice.forward import pick_precision
+from coppice.masking import unpacked
 from coppice.parallel import current
 from coppice.planning import Plan
 from coppice.recipe import Recipe, described
 from coppice.run import Json
 from coppice.snapshot import Snapshot, as_snapshot
 from coppice.stages import Workbench, as_the_first, at, calibration_images, materialise, validate
-from coppice.torch.masking import Held, unpacked
+from coppice.torch.masking import Held
 from coppice.train import EpochResult, choose, fine_tune, fitting, steps_per_epoch
 
 

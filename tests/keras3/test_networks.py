@@ -172,6 +172,14 @@ def test_a_subclassed_model_is_refused_in_a_sentence() -> None:
         coppice.capture(residual(), (1, 8, 8, 3))
 
 
+def test_one_layer_in_two_nested_models_is_refused_in_a_sentence() -> None:
+    """Keras itself can't save such a model."""
+    shared = layers.Dense(8, name="shared")
+    nested = [keras.Sequential([keras.Input((8,)), shared], name=name) for name in ("a", "b")]
+    with pytest.raises(CoppiceError, match="a/shared and b/shared are one layer"):
+        coppice.capture(keras.Sequential([keras.Input((8,)), *nested]), (1, 8))
+
+
 def test_a_wrong_model_does_not_pass() -> None:
     model = residual()
     pruned, coupling, plan = proven(model, (1, 12, 12, 3))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from coppice.coupling import Mask
 from coppice.errors import CoppiceError
 from coppice.keras.walk import assign, numbers, require_plain, variables_of
+from coppice.masking import fitting, unpacked
 from coppice.planning import Plan
 
 UNKNOWN = -1  # stands, among the sizes of a plan, for what Keras leaves open
@@ -19,10 +20,10 @@ Weights = Mapping[str, NDArray[Any]]
 
 def apply(model: Any, plan: Plan) -> Any:
     """A smaller model of the same layers: the plan's indices stay. ``model`` is left as it is; loss, metrics, optimiser state go along."""
-    if plan.removed is not None or plan.then is not None or plan.weight_masks:
-        raise CoppiceError("plans that remove modules or mask single weights work on PyTorch models only")
+    if plan.removed is not None or plan.then is not None:
+        raise CoppiceError("plans that remove modules work on PyTorch models only")
     pruned = build(model, plan, kept_weights(model, plan))
-    _compile_alike(model, pruned, plan)
+    compile_alike(model, pruned, plan)
     return pruned
 
 
@@ -47,7 +48,7 @@ def weights_in(model: Any) -> dict[str, NDArray[Any]]:
 
 
 def kept_weights(model: Any, plan: Plan) -> dict[str, NDArray[Any]]:
-    """Every weight of the model, the changed ones restricted to what stays."""
+    """Every weight of the model, the changed ones restricted to what stays, the masked ones zero."""
     weights, changed = weights_in(model), plan.changed()
     for name in plan.tensors:
         if name not in weights:
@@ -57,7 +58,13 @@ def kept_weights(model: Any, plan: Plan) -> dict[str, NDArray[Any]]:
             raise CoppiceError(
                 f"the plan was made for {name} of another shape than {weights[name].shape}; give the model that it was made for"
             )
-    return {name: sliced(array, changed[name]) if name in changed else array for name, array in weights.items()}
+    return zeroed({name: sliced(array, changed[name]) if name in changed else array for name, array in weights.items()}, plan)
+
+
+def zeroed(weights: Weights, plan: Plan) -> dict[str, NDArray[Any]]:
+    """These weights with zeros where ``plan``, which leaves weights of these shapes, masks them."""
+    masks = fitting(unpacked(plan), {name: array.shape for name, array in weights.items()})
+    return {name: np.where(masks[name], array, np.zeros((), array.dtype)) if name in masks else array for name, array in weights.items()}
 
 
 def sliced(array: NDArray[Any], masks: Sequence[Mask]) -> NDArray[Any]:
@@ -104,7 +111,7 @@ def _forget_shapes(config: Any) -> None:
             _forget_shapes(entry)
 
 
-def _compile_alike(model: Any, pruned: Any, plan: Plan) -> None:
+def compile_alike(model: Any, pruned: Any, plan: Plan) -> None:
     """The same loss, metrics and optimiser, its state restricted to what stays."""
     if not model.compiled:
         return

@@ -13,6 +13,24 @@ from coppice.recipe import Recipe
 from coppice.seeding import derive_seed
 
 
+class Along(keras.callbacks.Callback):  # type: ignore[misc]
+    """What is done to a model's weights beside the optimiser's own steps; ``done`` counts those."""
+
+    done = 0
+
+    def joins(self, optimizer: Any) -> None:
+        """Before any step, and before a checkpoint is read: what is to be remembered goes among the optimiser's variables."""
+
+    def said(self) -> str:
+        """How far it is, for the line that an epoch ends with."""
+        return ""
+
+    def in_sync(self) -> None:
+        """JAX keeps the weights of a training under way elsewhere than in the variables, until it is told to."""
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()
+
+
 class Rates(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """The recipe's learning rate of every step; a schedule, since what a callback sets is not seen by a step that JAX compiled."""
 

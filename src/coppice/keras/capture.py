@@ -65,6 +65,9 @@ class Origin:
 
         return synaptic_flow(model, self.shapes)
 
+    def input_norms(self, model: Any, batches: Iterable[Any]) -> dict[str, NDArray[Any]]:
+        raise CoppiceError("masks by wanda work on PyTorch models only: choose magnitude, gradient, taylor or random")
+
     def activation_scores(self, model: Any, coupling: Coupling, batches: Iterable[Any], statistic: str) -> dict[int, NDArray[Any]]:
         raise CoppiceError(
             f"the criterion that looks at activations ({statistic}) works on PyTorch models only: choose l1, l2, lamp, fpgm, bn-scale, "

@@ -20,10 +20,12 @@ from coppice.keras.evaluate import batches_of
 from coppice.keras.files import load_keras
 from coppice.keras.stages import SLACK, Bench, example_shape, materialise, test_metrics
 from coppice.keras.verify import verify
+from coppice.masking import check_zeros, zeros_said
 from coppice.planning import Plan
 from coppice.report import AxisWidth, render_report
-from coppice.run import KERAS, METRICS, PLAN, REPORT, Json, replacing, write_text
+from coppice.run import KERAS, METRICS, PLAN, REPORT, SPARSE, Json, replacing, write_text
 from coppice.snapshot import Snapshot
+from coppice.sparse_file import save_checked
 from coppice.targets import humanise
 
 _IMAGES = 8
@@ -40,17 +42,19 @@ def finish(bench: Bench, history: Sequence[Snapshot], reached: Snapshot) -> None
         with bench.progress.bar("verifying the whole plan against the dense model"):
             checks += [f"all cuts as one: {line}" for line in verify(bench.dense, apply(bench.dense, plan), bench.coupling, plan).checked]
     checks.append(_save(bench, model))
+    masks, held = _masked(bench, plan, model, reached)
     metrics: Json = {
         "dense": {**dense_test, **history[0].cost, "val": dict(history[0].val)},
         "pruned": {**pruned_test, **reached.cost, "val": dict(reached.val)},
         "target": {**bench.config.target.to_dict(), "max_drop": bench.config.max_drop},
-        **dict.fromkeys(("latency", "masks", "int8", "modules")),  # what only PyTorch models are asked for
+        **dict.fromkeys(("latency", "int8", "modules")),  # what only PyTorch models are asked for
+        "masks": masks,
         "regularised": reached.regularised,
         "drop": {"val": history[0].top1 - reached.top1, "test": dense_test["top1"] - pruned_test["top1"]},
         "met": met,
         "verified": True,  # what fails a check raises, and nothing is saved
         "statement": statement,
-        "verification": {"checks": checks, "max_error": reached.max_error},
+        "verification": {"checks": checks + held, "max_error": reached.max_error},
         "history": [_said(bench, step) for step in history],
         "classes": list(bench.data.classes) or [str(k) for k in range(len(dense_test["per_class"]))],
         "input": list(example_shape(bench.data)),
@@ -76,6 +80,16 @@ def _save(bench: Bench, model: Any) -> str:
     return f"saved and loaded again: the same bits, weights and outputs on {len(x)} images"
 
 
+def _masked(bench: Bench, plan: Plan, model: Any, reached: Snapshot) -> tuple[Json | None, list[str]]:
+    """What the zeros come to, and what was checked of them; the small file is written here. None where nothing is masked."""
+    if not plan.weight_masks or reached.masks is None:
+        return None, []
+    weights, path = weights_in(model), bench.run.path / SPARSE
+    checks = [check_zeros(plan, {name: weights[name] == 0 for name in plan.weight_masks}), save_checked(path, weights)]
+    sizes = {"file_bytes": path.stat().st_size, "dense_file_bytes": (bench.run.path / KERAS).stat().st_size}
+    return {**reached.masks, **sizes}, checks
+
+
 def _said(bench: Bench, step: Snapshot) -> Json:
     seconds, cost = bench.run.seconds().get(step.stage, 0.0), step.cost
     training = [dict(entry) for entry in step.training]
@@ -91,7 +105,8 @@ def _write(bench: Bench, plan: Plan, metrics: Json) -> None:
     write_text(folder / PLAN, plan.to_json() + "\n")
     write_text(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
     page = render_report(
-        title=f"{Path(config.model).stem or bench.dense.name}, {metrics['pruned']['macs'] / metrics['dense']['macs']:.3f} of the MACs",
+        title=f"{Path(config.model).stem or bench.dense.name}, {metrics['pruned']['macs'] / metrics['dense']['macs']:.3f} of the MACs"
+        + (f", {config.masks}" if config.masks else ""),
         metrics=metrics,
         widths=[AxisWidth(axis.name, axis.width, len(axis.keep)) for axis in plan.axes],
         pins=bench.coupling.pins,
@@ -109,6 +124,8 @@ def _verdict(bench: Bench, dense: Snapshot, reached: Snapshot, before: Json, aft
         shares = f"{label} {humanise(whole, key)} → {humanise(reached.cost[key], key)} (× {reached.cost[key] / whole:.3f})"
         parts.append(f"{shares}, {'within' if holds else 'over'} the target of {humanise(budget, key)}")
         met &= holds
+    if reached.masks:
+        parts.append(zeros_said(reached.masks))
     drop, limit = before["top1"] - after["top1"], config.max_drop if config.max_drop is not None else math.inf
     moved = f"test top-1 {'down' if drop >= 0 else 'up'} {abs(drop):.2f} points"
     holds = drop <= limit + SLACK

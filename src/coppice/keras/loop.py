@@ -22,10 +22,14 @@ from coppice.keras.capture import capture
 from coppice.keras.data import load_images
 from coppice.keras.files import load_keras
 from coppice.keras.finish import finish
+from coppice.keras.mask_stage import grown, masked
+from coppice.keras.masking import check_masks
 from coppice.keras.opening import open_model
 from coppice.keras.stages import SLACK, Bench, Parts, cut, dense_step, example_shape, regularised, tune
 from coppice.keras.train import check_recipe
 from coppice.keras.walk import function_of, require_plain
+from coppice.masking import rounds
+from coppice.masks import NOTHING, sites
 from coppice.pictures import check_renderer
 from coppice.planning import Plan
 from coppice.progress import Progress, Silent
@@ -96,6 +100,8 @@ def check_feasible(model: Any, data: Parts, config: RunConfig) -> None:
         raise CoppiceError(
             f"the data has {len(data.classes)} classes and the model {outputs} outputs: give the data it was trained on, or another model"
         )
+    if config.masks and not sites(coupling)[0]:
+        raise CoppiceError(NOTHING)
     if config.target:
         make_plan(
             coupling, score(model, coupling, "random", None, None, config.seed), config.target.resolve(coupling.cost()),
@@ -105,16 +111,17 @@ def check_feasible(model: Any, data: Parts, config: RunConfig) -> None:
 
 def check_settings(config: RunConfig) -> None:
     """CoppiceError for what only PyTorch models can be asked for."""
-    if not config.target and config.max_drop is None:
-        raise CoppiceError("nothing to reach: give --target, for example macs=0.5, or --max-drop, or both")
-    if not config.target:
+    if not config.target and config.max_drop is None and not config.masks:
+        raise CoppiceError("nothing to reach: give --target, for example macs=0.5, or --max-drop, or both, or --sparsity")
+    if not config.target and not config.masks:
         raise CoppiceError("--max-drop alone works on PyTorch models only: name the size as well, as in --target macs=0.5")
     if config.target.setting is not None:
         raise CoppiceError("a latency can be a target of PyTorch models only: give a target of macs, params or bytes")
     if config.criterion not in CRITERIA or config.criterion == "obs" or config.allocation == MEASURED:
         raise CoppiceError("--criterion obs and auto, and --allocation measured, work on PyTorch models only: leave them out")
-    if config.masks or config.depth or config.int8 or config.cut_after:
-        raise CoppiceError("--sparsity, --nm, --depth, --int8 and --cut-after work on PyTorch models only: leave them out")
+    if config.depth or config.int8 or config.cut_after:
+        raise CoppiceError("--depth, --int8 and --cut-after work on PyTorch models only: leave them out")
+    check_masks(config.masks)
     check_recipe(config.recipe)
 
 
@@ -127,7 +134,7 @@ def _work(model: Any, data: Parts, run: Run, progress: Progress) -> Result[Any]:
         bench = Bench(model, data, coupling, coupling.cost(), run, progress)
         history = [dense_step(bench)]
         progress.say(f"dense: {humanise(bench.cost.macs, 'macs')} MACs, validation top-1 {history[0].top1:.2f} %")
-        reached = _towards_target(bench, history)
+        reached = _with_masks(bench, history, _towards_target(bench, history) if run.config.target else history[0])
         finish(bench, history, reached)
     code = Path(run.config.code) if run.config.code else None
     plan = Plan.from_json((run.path / PLAN).read_text(encoding="utf-8"))
@@ -148,10 +155,30 @@ def _towards_target(bench: Bench, history: list[Snapshot]) -> Snapshot:
         last = step == config.steps
         spent = epochs - between * (config.steps - 1) if last else between
         now = _noted(bench, history, tune(bench, f"tuned {step}", now, spent, enough=enough if last else math.inf))
-    for again in range(2, config.rounds + 1):
+    return _again(bench, f"tuned {config.steps}", history, now, epochs)
+
+
+def _with_masks(bench: Bench, history: list[Snapshot], now: Snapshot) -> Snapshot:
+    """Single weights to zero as the run asks for, with fine-tuning as after a cut."""
+    config = bench.config
+    if not config.masks:
+        return now
+    if config.masks.schedule == "cubic":
+        now = _noted(bench, history, grown(bench, "masks grown", now, config.recipe.epochs, config.masks))
+        return _again(bench, "masks grown", history, now, config.recipe.epochs)
+    for name, recipe, epochs in rounds(config.masks, config.recipe.epochs):
+        now = _noted(bench, history, masked(bench, name, now, recipe))
+        now = _noted(bench, history, tune(bench, f"{name}, tuned", now, epochs, enough=_enough(bench, history[0])))
+    return _again(bench, f"{name}, tuned", history, now, config.recipe.epochs)
+
+
+def _again(bench: Bench, name: str, history: list[Snapshot], now: Snapshot, epochs: int) -> Snapshot:
+    """Fine-tune again for as long as the floor is not held and it helps."""
+    dense = history[0]
+    for again in range(2, bench.config.rounds + 1):
         if _holds_floor(bench, dense, now) or epochs == 0:
             break
-        longer = _noted(bench, history, tune(bench, f"tuned, round {again}", now, epochs, _LATER ** (again - 1), enough))
+        longer = _noted(bench, history, tune(bench, f"{name}, round {again}", now, epochs, _LATER ** (again - 1), _enough(bench, dense)))
         if longer.top1 <= now.top1:
             break
         now = longer

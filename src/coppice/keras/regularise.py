@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
+from coppice.keras.callbacks import Along
 from coppice.keras.walk import layers_of, trained, variables_of
 from coppice.planning import Plan
 from coppice.saliency import Array
@@ -85,7 +85,7 @@ def _value(variable: Any) -> Any:
     return ops.stop_gradient(variable.value)
 
 
-class Regulariser(keras.callbacks.Callback):  # type: ignore[misc]
+class Regulariser(Along):
     """A callback for `model.fit`, with any loss and optimiser; `said()` says how far it is, `plan()` makes a plan of what it shrank.
 
     Made by :func:`regulariser`, which is told how many steps there will be.
@@ -94,13 +94,14 @@ class Regulariser(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, shrinking: Shrinking) -> None:
         super().__init__()
         self.shrinking = shrinking
-        self.done = 0
         self.kind, self.strength = shrinking.kind, shrinking.strength
-        self.said, self.plan, self.scores = shrinking.said, shrinking.plan, shrinking.scores
+        self.plan, self.scores = shrinking.plan, shrinking.scores
+
+    def said(self) -> str:
+        return self.shrinking.said()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if keras.backend.backend() == "jax":
-            self.model.jax_state_sync()  # the weights of a training under way are not in the variables
+        self.in_sync()
         self.shrinking.shrink(self.done)
         self.done += 1
 

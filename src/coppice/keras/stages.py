@@ -13,18 +13,20 @@ import numpy as np
 from coppice.allocate import plan as make_plan
 from coppice.config import RunConfig, sha256
 from coppice.cost import Cost
-from coppice.coupling import Coupling, couple
+from coppice.coupling import Coupling, Mask, couple
 from coppice.criteria import CRITERIA, score
 from coppice.errors import CoppiceError
 from coppice.keras.apply import apply, build, weights_in
 from coppice.keras.capture import capture
 from coppice.keras.data import KerasData
 from coppice.keras.evaluate import BATCH, Part, batches_of, evaluate, sample
+from coppice.keras.masking import hold_masks
 from coppice.keras.recovery import recover
 from coppice.keras.regularise import regulariser
 from coppice.keras.rehearsal import choose
 from coppice.keras.train import Epoch, fine_tune, fitting, reestimate, steps_per_epoch
 from coppice.keras.verify import verify
+from coppice.masking import unpacked
 from coppice.mending import Recovery
 from coppice.planning import Plan, compose, kept_widths
 from coppice.planning import make_plan as plan_that_keeps
@@ -80,10 +82,10 @@ def example_shape(data: Parts) -> tuple[int, ...]:
 
 
 def dense_step(bench: Bench) -> Snapshot:
-    return _stage(bench, "dense", lambda: Snapshot("dense", None, None, bench.cost.to_dict(), _validate(bench, bench.dense, "dense")))
+    return stage(bench, "dense", lambda: Snapshot("dense", None, None, bench.cost.to_dict(), validate(bench, bench.dense, "dense")))
 
 
-def _stage(bench: Bench, name: str, compute: Callable[[], Snapshot]) -> Snapshot:
+def stage(bench: Bench, name: str, compute: Callable[[], Snapshot]) -> Snapshot:
     return as_snapshot(bench.run.stage(name, lambda: asdict(compute())))
 
 
@@ -105,14 +107,14 @@ def cut(bench: Bench, name: str, before: Snapshot, budgets: Mapping[str, float])
         whole = compose(Plan.from_json(before.plan), step) if before.plan else step
         cost = bench.coupling.cost(kept_widths(bench.coupling, whole))
         checks = [*before.checks, *(f"{name}: {line}" for line in proof.checked)]
-        state = _store(bench, name, pruned)
-        val = _validate(bench, pruned, name)
+        state = store(bench, name, pruned)
+        val = validate(bench, pruned, name)
         worst, said = max(before.max_error, proof.max_error), asdict(recovery) | {"criterion": config.criterion}
         return Snapshot(
             name, whole.to_json(), state, cost.to_dict(), val, checks=checks, max_error=worst, recovery=said, regularised=before.regularised
         )
 
-    return _stage(bench, name, work)
+    return stage(bench, name, work)
 
 
 def _repaired(bench: Bench, name: str, model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Recovery:
@@ -137,20 +139,20 @@ def tune(bench: Bench, name: str, before: Snapshot, epochs: int, rate: float = 1
 
     def work() -> Snapshot:
         model = materialise(bench, before)
-        recipe, epochs_said = _trained(bench, name, model, before, epochs, rate, enough)
-        val = _validate(bench, model, name)
+        recipe, epochs_said = trained(bench, name, model, before, epochs, rate, enough)
+        val = validate(bench, model, name)
         done: Json = {"epochs": epochs, "training": epochs_said, "optimizer": described(recipe)}
         worse = float(val["top1"]) < before.top1
         if worse:
             bench.progress.say(f"{name}: training made it worse ({val['top1']:.2f} % after {before.top1:.2f} %): its result is not taken")
-        state = before.state if worse else _store(bench, name, model)
-        _checkpoint(bench, name).unlink(missing_ok=True)
+        state = before.state if worse else store(bench, name, model)
+        checkpoint_of(bench, name).unlink(missing_ok=True)
         return replace(before, stage=name, state=state, val=before.val if worse else val, **done, taken=not worse)
 
-    return _stage(bench, name, work)
+    return stage(bench, name, work)
 
 
-def _trained(
+def trained(
     bench: Bench, name: str, model: Any, before: Snapshot, epochs: int, rate: float = 1.0, enough: float = math.inf, along: Any = None
 ) -> tuple[Recipe, list[Json]]:
     """Train ``model``, which is ``before``'s, in place by the run's recipe; a stage that was stopped goes on at the epoch it was in."""
@@ -159,24 +161,29 @@ def _trained(
     bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
 
     def judge() -> tuple[float, float]:
-        val = _validate(bench, model, name)
+        val = validate(bench, model, name)
         return float(val["top1"]), float(val["loss"])
 
     def told(epoch: Epoch) -> None:
         line = f"  epoch {epoch.epoch} of {epochs}: loss {epoch.train_loss:.3f}, validation top-1 {epoch.val_top1:.2f} %"
         bench.progress.say(f"{line}, {along.said()}" if along is not None else line)
 
-    with bench.progress.bar(f"{name}: fine-tuning") as advance:
+    with hold_masks(model, masks_of(before)), bench.progress.bar(f"{name}: fine-tuning") as advance:
         history = fine_tune(
             model, bench.data.train, recipe, mirror=bench.data.mirror, judge=judge, teacher=_teacher(bench, recipe), seed=config.seed,
-            along=along, checkpoint=_checkpoint(bench, name), on_epoch=told, enough=lambda e: e.val_top1 >= enough, progress=advance,
+            along=along, checkpoint=checkpoint_of(bench, name), on_epoch=told, enough=lambda e: e.val_top1 >= enough, progress=advance,
         )  # fmt: skip
     if not recipe.freeze_norm:
         reestimate(model, (x for x, _ in sample(bench.data.train, config.calibration, config.seed, BATCH)))
     return recipe, [asdict(epoch) for epoch in history]
 
 
-def _checkpoint(bench: Bench, name: str) -> Path:
+def masks_of(step: Snapshot) -> dict[str, Mask]:
+    """What is masked in a step's model."""
+    return unpacked(Plan.from_json(step.plan)) if step.plan else {}
+
+
+def checkpoint_of(bench: Bench, name: str) -> Path:
     """Of a training under way; gone when its result is stored."""
     return bench.run.state_path(f"{name}.checkpoint").with_suffix(".npz")
 
@@ -217,16 +224,16 @@ def regularised(bench: Bench, name: str, before: Snapshot, epochs: int, budgets:
             strength=config.strength, round_to=config.round_to, min_width=config.min_width,
         )  # fmt: skip
         bench.progress.say(f"{name}: {reg.kind} of strength {reg.strength:.3g}")
-        recipe, epochs_said = _trained(bench, name, model, before, epochs, along=reg)
+        recipe, epochs_said = trained(bench, name, model, before, epochs, along=reg)
         bench.progress.say(f"{name}: {reg.said()}")
         facts = {"kind": reg.kind, "strength": reg.strength, "said": reg.said()}
         done: Json = {"epochs": epochs, "training": epochs_said, "optimizer": described(recipe), "regularised": facts}
         plan = plan_that_keeps(bench.coupling, {}).to_json()
-        state = _store(bench, name, model)
-        _checkpoint(bench, name).unlink(missing_ok=True)
-        return replace(before, stage=name, plan=plan, state=state, val=_validate(bench, model, name), **done)
+        state = store(bench, name, model)
+        checkpoint_of(bench, name).unlink(missing_ok=True)
+        return replace(before, stage=name, plan=plan, state=state, val=validate(bench, model, name), **done)
 
-    return _stage(bench, name, work)
+    return stage(bench, name, work)
 
 
 def materialise(bench: Bench, step: Snapshot) -> Any:
@@ -248,14 +255,14 @@ def _compiled(bench: Bench, model: Any) -> Any:
     return model
 
 
-def _store(bench: Bench, name: str, model: Any) -> dict[str, str]:
+def store(bench: Bench, name: str, model: Any) -> dict[str, str]:
     path = bench.run.state_path(name).with_suffix(".npz")
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **weights_in(model))  # type: ignore[arg-type]  # no weight is called allow_pickle
     return {"file": path.name, "sha256": sha256(path)}
 
 
-def _validate(bench: Bench, model: Any, name: str) -> Json:
+def validate(bench: Bench, model: Any, name: str) -> Json:
     with bench.progress.bar(f"{name}: measuring on the validation split") as advance:
         found = evaluate(model, bench.data.val, advance)
     return {"top1": found.top1, "top5": found.top5, "loss": found.loss, "n": found.n, "top1_ci95": list(found.top1_ci95)}

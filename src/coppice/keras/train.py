@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError, DivergedError
 from coppice.keras.augment import AUGMENTATIONS, make_augmentation
-from coppice.keras.callbacks import Epochwise, Judge, Rates, Steps
+from coppice.keras.callbacks import Along, Epochwise, Judge, Rates, Steps
 from coppice.keras.checkpoint import load_checkpoint, save_checkpoint
 from coppice.keras.data import Images
 from coppice.keras.evaluate import Part, batches_of
 from coppice.keras.heads import activation_of, loss_of
-from coppice.keras.regularise import Regulariser
 from coppice.recipe import Recipe, augmentations
 from coppice.seeding import generator
 
@@ -141,7 +140,7 @@ def fine_tune(
     judge: Judgement,
     teacher: Any = None,
     seed: int = 0,
-    along: Regulariser | None = None,
+    along: Along | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     enough: Callable[[Epoch], bool] = lambda epoch: False,
@@ -159,8 +158,13 @@ def fine_tune(
         rates = Rates(recipe, steps)
         pupil.compile(optimizer=_optimizer(recipe, rates), loss=None)
         pupil.optimizer.build(pupil.trainable_variables)
+        if along is not None:
+            along.joins(pupil.optimizer)
         belongs = {"recipe": asdict(recipe), "seed": seed, "steps": steps}
         history = [] if checkpoint is None else _resumed(checkpoint, model, pupil.optimizer, belongs)
+        done = len(history) * steps
+        if along is not None:
+            along.done = done
         if len(history) == recipe.epochs or (history and enough(history[-1])):
             return history
         began = time.perf_counter()
@@ -177,10 +181,12 @@ def fine_tune(
             return enough(history[-1])
 
         data = _data(part, recipe, seed, mirror, len(history))
-        done = len(history) * steps
-        callbacks = [Epochwise(model, data, seed), Steps(done, steps * recipe.epochs, progress), keras.callbacks.TerminateOnNaN()]
+        callbacks: list[Any] = [
+            Epochwise(model, data, seed),
+            Steps(done, steps * recipe.epochs, progress),
+            keras.callbacks.TerminateOnNaN(),
+        ]
         if along is not None:
-            along.done = done
             callbacks.append(along)
         epochs = {"initial_epoch": len(history), "epochs": recipe.epochs}
         pupil.fit(data, verbose=0, shuffle=False, callbacks=[*callbacks, Judge(told)], **epochs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -23,10 +23,12 @@ from coppice.cost import width
 from coppice.coupling import Coupling, Mask, OpDims
 from coppice.errors import CoppiceError, VerificationError
 from coppice.graph import Graph, Op
-from coppice.keras.apply import kept_weights, rebuilt, sliced, weights_in
+from coppice.keras.apply import build, kept_weights, rebuilt, sliced, weights_in, zeroed
 from coppice.keras.capture import capture
 from coppice.keras.replay import Replay
 from coppice.keras.walk import assign, function_of, variables_of
+from coppice.masking import places_in_dense
+from coppice.packed import PackedMask
 from coppice.planning import Plan, masks_by_atom
 from coppice.verification import Verification, largest_error
 
@@ -39,6 +41,8 @@ Array = NDArray[Any]
 def verify(model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Verification:
     """Compare ``pruned`` with what ``plan`` makes of ``model``, before any fine-tuning. VerificationError names the op, layer and axes."""
     start = time.perf_counter()
+    if plan.weight_masks:
+        model, plan = _masked(model, plan)
     keep = masks_by_atom(coupling, plan)
     checked = [_check_weights(model, pruned, plan), _check_shapes(coupling, pruned, keep)]
     with in_double_precision():
@@ -54,6 +58,13 @@ def verify(model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Verificat
             worst = max(worst, error)
             checked.append(f"with {weights} weights, sliced equals the oracle in {precision} (relative error {error:.1e})")
     return Verification(worst, tuple(checked), time.perf_counter() - start)
+
+
+def _masked(model: Any, plan: Plan) -> tuple[Any, Plan]:
+    """The dense model with the plan's zeros at the places that they have in it, and the plan without its masks."""
+    weights = weights_in(model)
+    places = {name: PackedMask.of(places_in_dense(plan, name, weights[name].shape)) for name in plan.weight_masks}
+    return build(model, None, zeroed(weights, replace(plan, weight_masks=places))), replace(plan, weight_masks={})
 
 
 @contextmanager

@@ -34,6 +34,13 @@ def require_plain(model: Any) -> None:
         )
     if function_of(model) is None:
         raise CoppiceError(f"the Keras model {model.name} has not been built: give it an Input, or call it once")
+    paths: dict[int, str] = {}
+    for path, layer in layers_of(model):
+        if paths.setdefault(id(layer), path) != path:
+            raise CoppiceError(
+                f"{paths[id(layer)]} and {path} are one layer in two nested models, which Keras can't save or build again: "
+                "call one nested model in both places"
+            )
 
 
 def function_of(model: Any) -> Any:

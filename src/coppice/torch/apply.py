@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coppice.coupling import Mask
 from coppice.errors import CoppiceError
+from coppice.masking import fitting
 from coppice.planning import Plan, Removal
 from coppice.torch.stand_ins import stand_in
 from coppice.torch.trees import copied, hears_of_its_mode, modules_of, named_tensors, without_collection
@@ -60,12 +61,7 @@ def without_modules(model: nn.Module, removed: Removal) -> nn.Module:
 def zero(model: nn.Module, masks: Mapping[str, Mask]) -> None:
     """Set the weights to zero at which their mask is False, in place. CoppiceError where a mask is of another model."""
     tensors = named_tensors(model) if masks else {}
-    for name, mask in masks.items():
-        if name not in tensors or tuple(tensors[name].shape) != mask.shape:
-            has = f"of shape {tuple(tensors[name].shape)}" if name in tensors else "not in this model"
-            raise CoppiceError(
-                f"the mask of {name} is of shape {mask.shape}, the weight is {has}; give the model that the masks were made for"
-            )
+    fitting(masks, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     with torch.no_grad():
         for name, mask in masks.items():
             tensors[name].masked_fill_(torch.from_numpy(~mask).to(tensors[name].device), 0)

@@ -111,6 +111,12 @@ class Origin:
 
         return synaptic_flow(model, self.inputs)
 
+    def input_norms(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, NDArray[Any]]:
+        """For each layer's weight, the root mean square of what each of its elements is multiplied with."""
+        from coppice.torch.masking import input_norms
+
+        return input_norms(model, batches)
+
     def activation_scores(self, model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], statistic: str) -> dict[int, NDArray[Any]]:
         """A statistic (``coppice.torch.activations``) of each index of each prunable axis."""
         from coppice.torch.activations import activation_scores

@@ -1,93 +1,48 @@
-"""Masks on a PyTorch model: scores of single weights, masks held through training, and masks that others have made.
+"""Masks on a PyTorch model: made, held through training or growing with it, and taken in where others have made them.
 
-Criteria: magnitude; gradient magnitude; first-order Taylor (Molchanov et al., CVPR 2019); movement while the model trains (Sanh et al.,
-Movement Pruning, NeurIPS 2020); |w| times the norm of its input (Sun et al., Wanda, ICLR 2024); w^2 over the inverse Hessian's diagonal,
-with the other weights updated (Frantar and Alistarh, SparseGPT, ICML 2023; see `coppice.torch.sparsegpt`).
+Criteria beside those of `coppice.masking`: movement while the model trains (Sanh et al., Movement Pruning, NeurIPS 2020), and w^2 over the
+inverse Hessian's diagonal, with the other weights updated (Frantar and Alistarh, SparseGPT, ICML 2023; see `coppice.torch.sparsegpt`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coppice.coupling import Coupling, Mask
 from coppice.errors import CoppiceError
-from coppice.masks import LOOKING, NOTHING, MaskRecipe, Site, choose, cubic, sites
-from coppice.packed import PackedMask
-from coppice.planning import Plan, make_plan
+from coppice.masking import due, masks_by_scores, plan_of, sites_for, some
+from coppice.masks import MaskRecipe, Site, choose
+from coppice.planning import Plan
 from coppice.saliency import Array
 from coppice.torch.apply import zero
-from coppice.torch.gradients import gradients
 from coppice.torch.layers import find_layers
 from coppice.torch.program import Program, of_one_shape
 from coppice.torch.sparsegpt import masked_by_obs
 from coppice.torch.trees import named_tensors
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-_UPDATES = 100  # of the masks while they grow
-
 
 def mask(
     model: nn.Module, coupling: Coupling, recipe: MaskRecipe, batches: Iterable[tuple[Tensor, Tensor]] | None = None, seed: int = 0
 ) -> tuple[nn.Module, Plan]:
-    """A copy of `model` with the weights masked that the recipe says, and the plan that holds the masks (and removes no index).
-
-    `coupling` is the model's; `batches` are calibration images (inputs, labels), for the criteria that look at some. With `sparsegpt` the
-    weights that stay are changed too, to make good what goes. CoppiceError where nothing can be masked, or batches are missing.
-    """
-    if batches is None and recipe.criterion in LOOKING:
-        raise CoppiceError(f"masks by {recipe.criterion} need calibration batches: give batches of (inputs, labels)")
-    if recipe.schedule != "one-shot":
-        raise CoppiceError(f"the schedule {recipe.schedule} goes with training: give it to coppice.prune, here masks are made at once")
-    where, _ = sites(coupling)
-    if not where:
-        raise CoppiceError(NOTHING)
+    """What `coppice.mask` says. With `sparsegpt` the weights that stay are changed too, to make good what goes."""
+    where = sites_for(coupling, recipe, batches)
     masked = copy.deepcopy(model)
     if recipe.criterion == "sparsegpt":
-        masks = masked_by_obs(masked, where, recipe, of_one_shape(x for x, _ in batches or ()), seed)
+        masks = some(masked_by_obs(masked, where, recipe, of_one_shape(x for x, _ in batches or ()), seed), recipe)
     else:
-        masks = choose(weight_scores(model, where, recipe.criterion, batches or (), seed), where, recipe)
-    if not masks:
-        raise CoppiceError(f"no weight has an input dim that divides into groups for {recipe.nm}: give a sparsity instead")
+        masks = masks_by_scores(model, coupling, where, recipe, batches, seed)
     zero(masked, masks)
     return masked, plan_of(coupling, masks)
 
 
-def plan_of(coupling: Coupling, masks: Mapping[str, Mask]) -> Plan:
-    """The plan that removes no index and holds these masks."""
-    return replace(make_plan(coupling, {}), weight_masks={name: PackedMask.of(found) for name, found in masks.items()})
-
-
-def weight_scores(model: nn.Module, where: Sequence[Site], criterion: str, batches: Batches, seed: int) -> dict[str, Array]:
-    """A score of every single weight of the sites: low means it can go."""
-    tensors = named_tensors(model)
-    weights = {site.name: tensors[site.name].detach().float().cpu().numpy() for site in where}
-    if criterion == "random":
-        generator = np.random.default_rng(seed)
-        return {name: generator.random(weight.shape) for name, weight in weights.items()}
-    if criterion == "magnitude":
-        return {name: np.abs(weight) for name, weight in weights.items()}
-    if criterion == "wanda":
-        norms = _input_norms(model, of_one_shape(x for x, _ in batches))
-        return {name: np.abs(weight) * norms.get(name, np.float32(1)) for name, weight in weights.items()}
-    element = np.abs if criterion == "gradient" else np.square
-    totals = {name: np.zeros(weight.shape) for name, weight in weights.items()}
-    for pairs in gradients(model, batches, None):
-        for name in totals.keys() & pairs.keys():
-            weight, slope = pairs[name]
-            totals[name] += element(slope if criterion == "gradient" else weight * slope)
-    return totals
-
-
-def _input_norms(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Array]:
+def input_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Array]:
     """For each layer's weight, the root mean square of what each of its elements is multiplied with; of the weight's shape."""
-    program = Program(model, batches)
+    program = Program(model, of_one_shape(x for x, _ in batches))
     tensors = named_tensors(model)
     found = {}
     for layer in find_layers(program):
@@ -126,17 +81,10 @@ class Held:
         return ""
 
 
-def hold_masks(model: nn.Module, masks: Plan | Mapping[str, Mask], optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
-    """Keep the masked weights of `model` zero in a training loop of your own: a hook that runs after every `optimizer.step()`.
-
-    `masks`: a plan that has some, or arrays by parameter name (True: stays). The handle's `remove()` ends it.
-    """
-    held = Held(model, unpacked(masks) if isinstance(masks, Plan) else masks)
+def hold_masks(model: nn.Module, masks: Mapping[str, Mask], optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+    """What `coppice.hold_masks` says: a hook that runs after every `optimizer.step()`."""
+    held = Held(model, masks)
     return optimizer.register_step_post_hook(lambda *_: held.after_step())
-
-
-def unpacked(plan: Plan) -> dict[str, Mask]:
-    return {name: packed.array() for name, packed in plan.weight_masks.items()}
 
 
 class Growing:
@@ -164,9 +112,8 @@ class Growing:
                 gradient = self._weights[name].grad
                 if gradient is not None:
                     score.sub_(self._weights[name] * gradient)
-        share = cubic(self._recipe.sparsity, done, total)
-        last = share == self._recipe.sparsity and float(self._share) < share
-        if last or (done % max(1, total // _UPDATES) == 0 and share < self._recipe.sparsity):
+        share = due(self._recipe, done, total)
+        if share is not None:
             self._choose(share)
         self._hold()
 

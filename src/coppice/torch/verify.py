@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -24,6 +23,7 @@ from coppice.axes import Axis, atoms
 from coppice.coupling import Coupling, Mask
 from coppice.errors import VerificationError
 from coppice.graph import Op
+from coppice.masking import places_in_dense
 from coppice.planning import Plan, masks_by_atom
 from coppice.torch.apply import sliced
 from coppice.torch.capture import OnOp, Recorder, decisions_of, in_double, record
@@ -71,12 +71,9 @@ def _masked(model: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
     """The dense model with the plan's zeros at the places that they have in it, and the plan without its masks."""
     dense = copy.deepcopy(model)
     tensors = named_tensors(dense)
-    for name, packed in plan.weight_masks.items():
-        tensor = tensors[name]
-        keep = plan.masks(name) if name in plan.tensors else [np.ones(size, bool) for size in tensor.shape]
-        stays = np.ones(tuple(tensor.shape), bool)
-        stays[np.ix_(*keep)] = packed.array()
-        tensor.data.masked_fill_(torch.from_numpy(~stays), 0)
+    for name in plan.weight_masks:
+        stays = places_in_dense(plan, name, tuple(tensors[name].shape))
+        tensors[name].data.masked_fill_(torch.from_numpy(~stays), 0)
     return dense, replace(plan, weight_masks={})
 
 
