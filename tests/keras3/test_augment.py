@@ -61,3 +61,23 @@ def test_the_share_of_the_area_is_torchvisions() -> None:
     areas = [rows * columns / 40000 for rows, columns in (one for one in found if one is not None)]
     assert 0.69 < min(areas) < 0.73
     assert 0.95 < max(areas) <= 1
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_batches_are_mixed_in_the_share_that_is_said(name: str) -> None:
+    batch = np.repeat(np.arange(4, dtype=np.float32), 16 * 12 * 3).reshape(4, 16, 12, 3)
+    mix = augment.make_mix(f"crop+{name}")
+    assert mix is not None
+    shares = []
+    for seed in range(40):
+        mixed, share = mix(np.random.default_rng(seed), batch)
+        other = np.roll(batch, 1, axis=0)
+        assert mixed.dtype == np.float32
+        assert np.allclose(mixed.mean((1, 2, 3)), share * batch.mean((1, 2, 3)) + (1 - share) * other.mean((1, 2, 3)), atol=1e-5)
+        if name == "cutmix":
+            assert np.isin(mixed, np.arange(4)).all()
+        shares.append(share)
+    extreme = sum(min(share, 1 - share) < 0.05 for share in shares)
+    assert 0 <= min(shares) < 0.3 < 0.7 < max(shares) <= 1
+    assert (extreme > 15) == (name == "mixup")  # its alpha is 0.2
+    assert augment.make_mix("standard") is None

@@ -80,7 +80,8 @@ BAD = {
     "there is no model file": ["--model", "none.keras", "--data", "digits", "--target", "macs=0.5"],
     "PyTorch models only": ["--data", "digits", "--target", "macs=0.5", "--criterion", "obs"],
     "nothing to reach": ["--data", "digits"],
-    "--ema works on PyTorch": ["--data", "digits", "--target", "macs=0.5", "--ema", "0.9"],
+    "--label-smoothing works on PyTorch": ["--data", "digits", "--target", "macs=0.5", "--label-smoothing", "0.1"],
+    "randaugment works on PyTorch": ["--data", "digits", "--target", "macs=0.5", "--augment", "strong"],
     "can't be reached": ["--data", "digits", "--target", "macs=0.0001"],
     "there is no data": ["--data", "nowhere", "--target", "macs=0.5"],
 }

@@ -13,11 +13,11 @@ from keras import layers
 import coppice
 from coppice.errors import CoppiceError
 from coppice.keras.apply import build, weights_in
-from coppice.keras.callbacks import Rates
+from coppice.keras.callbacks import Along, Rates
 from coppice.keras.data import load_images
 from coppice.keras.evaluate import evaluate
 from coppice.keras.loop import prune
-from coppice.keras.train import Epoch, fine_tune
+from coppice.keras.train import Epoch, Epochs, Pupil, fine_tune
 from coppice.preprocess import Preprocess
 from coppice.progress import Silent
 from coppice.recipe import Recipe
@@ -80,6 +80,77 @@ def test_what_was_stopped_goes_on_at_its_epoch(tmp_path: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:500])
     with pytest.raises(CoppiceError, match="truncated"):
         fine_tune(half, train, RECIPE, **options)
+
+
+class Weights(Along):
+    """The weights after every step."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.student, self.seen = model, list[Any]()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.in_sync()
+        self.seen.append(weights_in(self.student))
+
+
+def test_the_average_of_the_weights_is_judged_and_kept_and_has_its_masks(tmp_path: Path) -> None:
+    train, _ = small_data()
+    recipe = Recipe(epochs=2, batch_size=64, lr=0.05, optimizer="sgd", augment="none", ema=0.8)
+    mask = np.arange(10 * 24).reshape(24, 10) % 3 == 0
+    start = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(24, activation="relu"), layers.Dense(10, name="last")])
+    judged_on: list[Any] = []
+
+    def run(stop: bool, checkpoint: Path | None = None) -> tuple[Any, Weights]:
+        model = build(start, None, weights_in(start))
+        weights = Weights(model)
+
+        def judge() -> tuple[float, float]:
+            judged_on.append(weights_in(model))
+            return 0.0, 0.0
+
+        def told(epoch: Epoch) -> None:
+            if stop:
+                raise StoppedError
+
+        with coppice.hold_masks(model, {"last/kernel": mask}):
+            fine_tune(model, train, recipe, mirror=False, judge=judge, along=weights, checkpoint=checkpoint, on_epoch=told)
+        return model, weights
+
+    model, weights = run(False)
+    average = weights.seen[0]
+    for seen in weights.seen[1:]:
+        average = {name: 0.8 * average[name] + 0.2 * seen[name] for name in seen}
+    for kept in (weights_in(model), judged_on[1]):
+        assert all(np.allclose(kept[name], array, atol=1e-5) for name, array in average.items() if name != "last/kernel")
+        assert np.allclose(kept["last/kernel"][mask], average["last/kernel"][mask], atol=1e-5)
+        assert not kept["last/kernel"][~mask].any()
+    assert not all(np.allclose(weights.seen[-1][name], array, atol=1e-4) for name, array in average.items())
+    with pytest.raises(StoppedError):
+        run(True, tmp_path / "c.npz")
+    again, _ = run(False, tmp_path / "c.npz")
+    finished, _ = run(True, tmp_path / "c.npz")  # nothing is left to do
+    assert same(again, model)
+    assert same(finished, model)
+
+
+@pytest.mark.parametrize("loss", ["sparse_categorical_crossentropy", None])
+def test_the_loss_of_mixed_images_is_that_of_shares_of_classes(loss: str | None) -> None:
+    train, _ = small_data()
+    recipe = Recipe(epochs=1, batch_size=64, augment="mixup")
+    net = small_net()
+    if loss is not None:
+        net.compile("sgd", loss)
+    x, (y, other, share) = Epochs(train, recipe, 1, mirror=False)[0]
+    shares = share[:, None] * np.eye(10)[y] + (1 - share[:, None]) * np.eye(10)[other]
+    outputs = net.predict_on_batch(x)
+    want = -(shares * np.log(outputs)).sum(1).mean()
+    found = Pupil(net, None, recipe).compute_loss(x=x, y=(y, other, keras.ops.convert_to_tensor(share)), y_pred=outputs)
+    assert float(keras.ops.convert_to_numpy(found)) == pytest.approx(float(want), rel=1e-4)
+    history = fine_tune(
+        net, train, Recipe(epochs=1, batch_size=64, augment="crop+mixup+cutmix", lr=0.01), mirror=False, judge=lambda: (0.0, 0.0)
+    )
+    assert 0 < history[0].train_loss < 10
 
 
 def test_enough_is_enough() -> None:

@@ -1,4 +1,4 @@
-"""Augmentation of uint8 images in NumPy and Pillow: what `coppice.augment` does by torchvision, with the same ranges and odds."""
+"""Augmentation in NumPy and Pillow, of uint8 images and of whole batches: what torchvision does for `coppice.augment`, in its ranges."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 
 from coppice.recipe import augmentations
 
-AUGMENTATIONS = ("crop", "flip", "colour", "erasing")
+AUGMENTATIONS = ("crop", "flip", "colour", "erasing", "mixup", "cutmix")
 SMALL = 96  # up to this many pixels a shift is the field's habit; above, a rescaled crop
 _AREA, _RATIO = (0.7, 1.0), (0.8, 1.25)  # of a rescaled crop
 _ERASED, _ERASED_AREA, _ERASED_RATIO = 0.25, (0.02, 0.33), (0.3, 3.3)
 _JITTER = 0.2  # of brightness, contrast and saturation
+_ALPHA = {"mixup": 0.2, "cutmix": 1.0}  # as in the papers: Zhang et al., ICLR 2018; Yun et al., ICCV 2019
 _TRIES = 10
 _GREY = np.array([0.2989, 0.587, 0.114], np.float32)
 
 Array = NDArray[Any]
 One = Callable[[np.random.Generator, Array], Array]
+Mix = Callable[[np.random.Generator, Array], tuple[Array, float]]
 
 
 def make_augmentation(name: str, shape: tuple[int, int, int], *, pad: int | None = None, mirror: bool = True) -> One | None:
@@ -133,3 +135,34 @@ def erased(rng: np.random.Generator, image: Array) -> Array:
     image = image.copy()
     image[top : top + found[0], left : left + found[1]] = 0
     return image
+
+
+def make_mix(name: str) -> Mix | None:
+    """What mixes every image of a batch of inputs with the one before, and answers the share that it has left; None: there is none.
+
+    With MixUp and CutMix every batch takes one of them by chance.
+    """
+    known: dict[str, Mix] = {"mixup": mixed_up, "cutmix": cut_mixed}
+    chosen = [known[step] for step in augmentations(name) if step in known]
+    return partial(_one_of, chosen) if chosen else None
+
+
+def _one_of(mixes: list[Mix], rng: np.random.Generator, batch: Array) -> tuple[Array, float]:
+    return mixes[int(rng.integers(len(mixes)))](rng, batch)
+
+
+def mixed_up(rng: np.random.Generator, batch: Array) -> tuple[Array, float]:
+    share = float(rng.beta(_ALPHA["mixup"], _ALPHA["mixup"]))
+    return np.asarray(share * batch + (1 - share) * np.roll(batch, 1, axis=0), batch.dtype), share
+
+
+def cut_mixed(rng: np.random.Generator, batch: Array) -> tuple[Array, float]:
+    """A rectangle is the other image's; what of it would lie outside is left out."""
+    height, width = batch.shape[1:3]
+    half = 0.5 * math.sqrt(1 - rng.beta(_ALPHA["cutmix"], _ALPHA["cutmix"]))
+    x, y = int(rng.integers(width)), int(rng.integers(height))
+    left, right = max(0, x - int(half * width)), min(width, x + int(half * width))
+    top, bottom = max(0, y - int(half * height)), min(height, y + int(half * height))
+    mixed = batch.copy()
+    mixed[:, top:bottom, left:right] = np.roll(batch, 1, axis=0)[:, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,18 +17,20 @@ from keras import ops
 from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError, DivergedError
-from coppice.keras.augment import AUGMENTATIONS, make_augmentation
+from coppice.keras.augment import AUGMENTATIONS, make_augmentation, make_mix
+from coppice.keras.averaging import averaged, take_average
 from coppice.keras.callbacks import Along, Epochwise, Judge, Rates, Steps
 from coppice.keras.checkpoint import load_checkpoint, save_checkpoint
 from coppice.keras.data import Images
-from coppice.keras.evaluate import Part, batches_of
+from coppice.keras.evaluate import BATCH, Part, batches_of, sample
 from coppice.keras.heads import activation_of, loss_of
 from coppice.recipe import Recipe, augmentations
 from coppice.seeding import generator
 
 MOMENTUM = 0.9  # of BatchNormalization while fine-tuning: with Keras's usual 0.99 its statistics would lag behind for hundreds of steps
 Judgement = Callable[[], tuple[float, float]]  # top-1 and loss of the model as it is now
-UNSUPPORTED = {"features": 0.0, "ema": 0.0, "label_smoothing": 0.0}
+UNSUPPORTED = {"features": 0.0, "label_smoothing": 0.0}
+_STATISTICS = 512  # images that BatchNormalization is re-estimated on for an average of the weights
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -59,7 +61,7 @@ class Pupil(keras.Model):  # type: ignore[misc]
         return self.student(inputs, training=training)
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True) -> Any:
-        hard = self._loss(y_pred, y)  # with the regularisation that the user's compiled loss brings along
+        hard = self._mixed(y_pred, y) if isinstance(y, (tuple, list)) else self._loss(y_pred, y)  # with a compiled loss's regularisation
         if not self.student.compiled and self.student.losses:
             hard = hard + sum(self.student.losses)
         if self.teacher is None:
@@ -67,6 +69,11 @@ class Pupil(keras.Model):  # type: ignore[misc]
         wanted, have = (self._softened(out) for out in (self.teacher(x, training=False), y_pred))
         soft = ops.mean(ops.sum(ops.exp(wanted) * (wanted - have), axis=-1)) * self._recipe.temperature**2
         return (1 - self._recipe.distill) * hard + self._recipe.distill * soft
+
+    def _mixed(self, y_pred: Any, y: Any) -> Any:
+        """The loss of labels that are shares of two: it is linear in them, whatever form they have."""
+        one, other, share = y
+        return share[0] * self._loss(y_pred, one) + (1 - share[0]) * self._loss(y_pred, other)
 
     def _softened(self, outputs: Any) -> Any:
         logits = ops.log(ops.maximum(outputs, 1e-7)) if self._ends == "softmax" else outputs
@@ -80,6 +87,7 @@ class Epochs(keras.utils.PyDataset):  # type: ignore[misc]
         super().__init__()
         self.images, self.recipe, self.seed, self.epoch = images, recipe, seed, epoch
         self.augment = make_augmentation(recipe.augment, images.shape, pad=recipe.crop_pad, mirror=mirror)
+        self.mix = make_mix(recipe.augment)
 
     def __len__(self) -> int:
         return steps_per_epoch(self.images, self.recipe)
@@ -87,7 +95,11 @@ class Epochs(keras.utils.PyDataset):  # type: ignore[misc]
     def __getitem__(self, step: int) -> Any:
         some = _order(self.seed, self.epoch, len(self.images))[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
         draw = generator(self.seed, "augment", self.epoch, step)
-        return next(batches_of(self.images, len(some), some, None if self.augment is None else partial(self.augment, draw)))
+        x, y = next(batches_of(self.images, len(some), some, None if self.augment is None else partial(self.augment, draw)))
+        if self.mix is None:
+            return x, y
+        mixed, share = self.mix(generator(self.seed, "mix", self.epoch, step), x)
+        return mixed, (y, np.roll(y, 1, axis=0), np.full(len(y), share, np.float32))
 
 
 @lru_cache(maxsize=1)
@@ -165,13 +177,16 @@ def fine_tune(
         done = len(history) * steps
         if along is not None:
             along.done = done
-        if len(history) == recipe.epochs or (history and enough(history[-1])):
-            return history
         began = time.perf_counter()
+
+        def statistics() -> None:
+            if not recipe.freeze_norm:
+                reestimate(model, (x for x, _ in sample(part, _STATISTICS, seed, BATCH)))
 
         def told(epoch: int, loss: float) -> bool:
             nonlocal began
-            top1, val_loss = judge()
+            with averaged(model, pupil, statistics) if recipe.ema else nullcontext():
+                top1, val_loss = judge()
             now = time.perf_counter()
             history.append(Epoch(epoch, loss, top1, val_loss, rates.at(epoch * steps - 1), now - began))
             began = now
@@ -188,8 +203,11 @@ def fine_tune(
         ]
         if along is not None:
             callbacks.append(along)
-        epochs = {"initial_epoch": len(history), "epochs": recipe.epochs}
-        pupil.fit(data, verbose=0, shuffle=False, callbacks=[*callbacks, Judge(told)], **epochs)
+        if len(history) < recipe.epochs and not (history and enough(history[-1])):
+            epochs = {"initial_epoch": len(history), "epochs": recipe.epochs}
+            pupil.fit(data, verbose=0, shuffle=False, callbacks=[*callbacks, Judge(told)], **epochs)
+        if recipe.ema:
+            take_average(pupil, statistics)
     if not all(np.isfinite(ops.convert_to_numpy(w.value)).all() for w in model.weights if "float" in str(w.dtype)):
         raise DivergedError("fine-tuning diverged: the weights are not finite; lower --lr")
     return history
@@ -257,6 +275,8 @@ def _optimizer(recipe: Recipe, rates: Any) -> Any:
         "learning_rate": rates,
         "weight_decay": recipe.weight_decay or None,
         "global_clipnorm": recipe.grad_clip,
+        "use_ema": recipe.ema > 0,
+        "ema_momentum": recipe.ema,
     }
     if recipe.optimizer == "adamw":
         found = keras.optimizers.AdamW(**{**options, "weight_decay": recipe.weight_decay}, beta_1=recipe.momentum)
