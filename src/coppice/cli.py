@@ -274,8 +274,6 @@ def prune(
         return
     if out is None:
         raise CoppiceError("name the run folder with --out")
-    if names_keras(model or "", weights or "") and config is None:
-        given = {**cli_keras.defaults(), **given}
     settings = settings_of(given, config)
     _finish(out, lambda: _prune(settings, out))
 

@@ -58,13 +58,6 @@ def _import_quietly() -> None:
         raise CoppiceError(f"Keras can't be imported with the backend {os.environ['KERAS_BACKEND']}: {error}") from error
 
 
-def defaults() -> dict[str, Any]:
-    ready()
-    from coppice.keras.loop import DEFAULTS
-
-    return DEFAULTS
-
-
 def opened(config: RunConfig) -> Any:
     """The dense model of a configuration."""
     ready()

@@ -188,7 +188,7 @@ def synflow(request: Request) -> ByAxis:
 
 
 def obs(request: Request) -> ByAxis:
-    """The loss that removing an index adds when all that reads it is refitted: see ``coppice.torch.elimination``. Needs no labels."""
+    """The loss that removing an index adds when all that reads it is refitted: see ``coppice.elimination``. Needs no labels."""
     found: ByAxis = request.front_end.removal_losses(
         request.model, request.coupling, (inputs for inputs, _ in request.batches), request.seed
     )
@@ -292,7 +292,7 @@ def measure(model: Any, coupling: Coupling, scores: Scores, batches: Iterable[An
     """``scores`` in units of loss: along the order that they give within each axis, what removing the next index does to the outputs.
 
     So a criterion says which indices go, and a measurement how many of each axis. ``batches`` are ``(inputs, ...)``; no labels are used.
-    See ``coppice.torch.elimination``. CoppiceError where there are no batches, or what is measured is not finite.
+    See ``coppice.elimination``. CoppiceError where there are no batches, or what is measured is not finite.
     """
     orders = {axis.id: np.argsort(scores[axis.id], kind="stable").tolist() for axis in coupling.prunable}
     inputs = (batch[0] for batch in batches)

@@ -21,14 +21,16 @@ from torch.utils._pytree import tree_flatten
 
 from coppice.allocate import Bundle, bundles_on_grid
 from coppice.coupling import Coupling, Mask
+from coppice.elimination import Refitter
 from coppice.errors import CoppiceError
 from coppice.forward import training_mode
 from coppice.planning import make_plan
 from coppice.progress import Advance
 from coppice.saliency import Scores
+from coppice.stepwise import is_held_out
 from coppice.torch.apply import apply
-from coppice.torch.elimination import Refitter, divergence
-from coppice.torch.program import coupled_on, is_held_out, of_one_shape
+from coppice.torch.elimination import divergence, refitter
+from coppice.torch.linear import write
 from coppice.torch.trees import named_tensors
 
 PARTS = (0.75, 0.5, 0.25)
@@ -105,8 +107,7 @@ def sensitivity(
     fitted = given if judge is not None else [batch for k, batch in enumerate(given) if not is_held_out(k)]
     trial = _Trial(model, coupling, scores, judges)
     if repair:
-        inputs = of_one_shape(batch[0] for batch in fitted)
-        trial.refitter = Refitter(model, coupled_on(model, coupling, inputs[0]), inputs, seed)
+        trial.refitter = refitter(model, coupling, (batch[0] for batch in fitted), seed)
     steps = [(bundle, _levels(bundle, parts)) for bundle in bundles]
     done, total = 0, sum(len(levels) for _, levels in steps)
     curves = []
@@ -150,12 +151,9 @@ class _Trial:
         source = self.model
         if self.refitter is not None:
             source = copy.deepcopy(self.model)
-            tensors = named_tensors(source)
-            with torch.no_grad():
-                for name, value in self.refitter.refitted({axis.name: keep[axis.id] for axis in bundle.axes}).items():
-                    tensors[name].copy_(value)
+            write(named_tensors(source), self.refitter.refitted({axis.name: keep[axis.id] for axis in bundle.axes}))
         outputs = _outputs(apply(source, plan), self.judges)
-        loss = float(divergence(outputs, self.dense))
+        loss = divergence(outputs, self.dense)
         if not np.isfinite(loss):
             raise CoppiceError(
                 f"the outputs with {bundle.axes[0].name} narrowed are not finite; look for NaN or infinite weights or inputs"

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
+from coppice.linear import Array
+
 TEMPERATURE = 3.0  # of the divergence: at 1 a model that is sure of its training images hides what it lost
 AS_CUT, REESTIMATED, REFITTED = "as cut", "BatchNorm re-estimated", "layers refitted"
 HALFWAY, BOTH = "layers refitted, BatchNorm halfway re-estimated", "layers refitted, BatchNorm re-estimated"
@@ -31,3 +35,16 @@ def nearest(candidates: Mapping[str, T], distance: Callable[[T], float], refitte
     tried = {name: distance(candidate) for name, candidate in candidates.items()}
     kept = min(tried, key=lambda name: tried[name] if math.isfinite(tried[name]) else math.inf)
     return candidates[kept], Recovery(tuple(tried.items()), kept, refitted, refused)
+
+
+def divergence(answers: Array, dense: Array) -> float:
+    """How far ``answers`` are from the dense ones: KL of softened class probabilities for rows of scores, else relative squared error."""
+    if dense.ndim != 2 or dense.shape[1] < 2:
+        return float(np.square(answers - dense).mean() / max(float(dense.var(ddof=1)), 1e-12))
+    p, q = (_log_softmax(z.astype(np.float64) / TEMPERATURE) for z in (dense, answers))
+    return float((np.exp(p) * (p - q)).sum() / len(p) * TEMPERATURE**2)
+
+
+def _log_softmax(x: Array) -> Array:
+    x = x - x.max(1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(1, keepdims=True)))

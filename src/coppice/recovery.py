@@ -57,7 +57,7 @@ def recover(
                 candidates[BOTH] = both
     judge = [batch for k, batch in enumerate(batches) if is_held_out(k)] or batches
     goal = outputs(dense, judge)
-    return nearest(candidates, lambda model: float(divergence(outputs(model, judge), goal)), refitted, refused)
+    return nearest(candidates, lambda model: divergence(outputs(model, judge), goal), refitted, refused)
 
 
 def _after(edit: Callable[[nn.Module], None], model: nn.Module) -> nn.Module:

@@ -9,21 +9,18 @@ other on the compressed inputs: Frantar and Alistarh, Optimal Brain Compression,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coppice.coupling import Mask
-from coppice.graph import Op
+from coppice.linear import Array, Linear, Model
 from coppice.stepwise import Stepwise, is_held_out
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # tried on held-out images, relative to the mean of the Gram matrix's diagonal
 SAMPLES_A_FEATURE = 24  # rows of the least-squares problem for each of its unknowns, where there are that many
 LARGEST = 6144  # features of a layer whose normal equations are worth solving
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,64 +30,6 @@ class Refit:
     weight: str
     before: float
     after: float
-
-
-class Linear(Protocol):
-    """A layer of a recording that multiplies patches of features by a weight, group by group; its channels are dim ``channels``.
-
-    ``input`` and ``output`` are value ids, ``normed`` that of the result of the BatchNorm right after it, if there is one.
-    """
-
-    index: int
-    weight: str
-    input: int
-    output: int
-    normed: int | None
-    channels: int
-
-    @property
-    def can_shift(self) -> bool:
-        """Whether a constant can be added to the results: in the bias, or in the mean that a BatchNorm takes away."""
-
-    def matrix(self) -> Array:
-        """The weight as it is now: (groups, outputs a group, features a group)."""
-
-    def bias(self) -> Array | None:
-        """As it is now."""
-
-    def change(self, matrix: Array, shift: Array | None) -> None:
-        """Set the weight, and add to the results what ``shift`` says of each output."""
-
-    def affine(self) -> tuple[Array, Array]:
-        """Shift and scale of the BatchNorm after the layer, as it is now; a scale of next to nothing is taken as one."""
-
-    def positions(self, y: Array) -> int:
-        """How many positions a sample of the results has."""
-
-    def samples(self, x: Array) -> int:
-        """How many samples a batch of inputs has at each position."""
-
-    def features(self, x: Array, at: Array, y: Array) -> Array:
-        """What the weight is multiplied with for the results ``y`` at positions ``at``: (groups, samples, features a group)."""
-
-    def responses(self, y: Array, at: Array) -> Array:
-        """The results at these positions: (groups, samples, outputs a group)."""
-
-
-class Model(Protocol):
-    """A model's recording and its layers."""
-
-    @property
-    def program(self) -> Stepwise: ...
-
-    @property
-    def layers(self) -> Sequence[Linear]: ...
-
-    def array(self, value: int, batch: int) -> Array:
-        """What a value is now for one of the program's active batches."""
-
-    def adds(self, op: Op) -> bool:
-        """Whether the op is the plain sum of its two operands."""
 
 
 @dataclass(slots=True)
@@ -164,7 +103,7 @@ class Refitting:
         step, before, after = _solve(fit, judge, small.can_shift)
         if step is not None:
             shift = ((fit.d - (fit.x[:, None] @ step)[:, 0]) / fit.n).reshape(-1) if small.can_shift else None
-            small.change(small.matrix() + step.swapaxes(1, 2), shift)
+            self.pruned.write(small.changed(small.matrix() + step.swapaxes(1, 2), shift))
         return Refit(layer.weight, before, after)
 
     def _sums(self, small: Linear, goal: _Goal) -> tuple[_Sums, _Sums]:
@@ -174,10 +113,10 @@ class Refitting:
         rows, count = SAMPLES_A_FEATURE * features, self.dense.program.active
         for k in range(count):
             x, wanted = self.pruned.array(small.input, k), self._wanted(small, goal, k)
-            positions = small.positions(wanted)
+            positions = small.positions(wanted.shape)
             take = min(positions, max(1, -(-rows // (small.samples(x) * count))))
             at = self.rng.permutation(positions)[:take]
-            f, y = small.features(x, at, wanted), small.responses(wanted, at)
+            f, y = small.features(x, at, wanted.shape), small.responses(wanted, at)
             now = f @ matrix.swapaxes(1, 2)
             if bias is not None:
                 now = now + bias.reshape(groups, 1, outputs)

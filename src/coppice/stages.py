@@ -193,7 +193,7 @@ def _best_cut(
             )
         )
         goal = outputs(model, images)
-        distances = {cut.criterion: float(divergence(outputs(cut.model, images), goal)) for cut in cuts}
+        distances = {cut.criterion: divergence(outputs(cut.model, images), goal) for cut in cuts}
     best = min(cuts, key=lambda cut: distances[cut.criterion] if math.isfinite(distances[cut.criterion]) else math.inf)
     each = ", ".join(f"{criterion} {distance:.3f}" for criterion, distance in distances.items())
     bench.progress.say(f"{name}: {best.criterion} it is; distance from the dense outputs on validation images: {each}")

@@ -15,12 +15,14 @@ from keras import layers
 
 import coppice
 from coppice.cli import run
+from coppice.criteria import TRIED
 from coppice.errors import CoppiceError
 from coppice.keras.apply import weights_in
 from coppice.keras.data import load_images
 from coppice.keras.evaluate import evaluate
 from coppice.keras.loop import prune
 from coppice.preprocess import Preprocess
+from coppice.progress import Silent
 from coppice.recipe import Recipe
 
 
@@ -54,6 +56,7 @@ def test_from_the_command_line(net: Path, tmp_path: Path, capsys: pytest.Capture
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["pruned"]["macs"] <= 0.5 * metrics["dense"]["macs"]
     assert metrics["met"]
+    assert metrics["history"][1]["repair"]["criterion"] == "obs"
     assert (out / "report.html").read_text().count("<svg") >= 3
     small = keras.saving.load_model(out / "model.keras")
     assert small.compiled
@@ -78,7 +81,7 @@ def test_inspect(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "there is no model file": ["--model", "none.keras", "--data", "digits", "--target", "macs=0.5"],
-    "PyTorch models only": ["--data", "digits", "--target", "macs=0.5", "--criterion", "obs"],
+    "PyTorch models only": ["--data", "digits", "--target", "macs=0.5", "--depth"],
     "nothing to reach": ["--data", "digits"],
     "--label-smoothing works on PyTorch": ["--data", "digits", "--target", "macs=0.5", "--label-smoothing", "0.1"],
     "randaugment works on PyTorch": ["--data", "digits", "--target", "macs=0.5", "--augment", "strong"],
@@ -95,6 +98,26 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(said: str, net: Path, tmp_
     assert said in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_of_several_criteria_the_best_cut_is_kept(trained: Any) -> None:
+    said = Said()
+    settings = {"criterion": "auto", "calibration": 64, "recipe": Recipe(epochs=0)}
+    result = coppice.prune(trained, load_images("digits", Preprocess()), "macs=0.5", progress=said, **settings)
+    (line,) = [text for text in said.lines if " it is; " in text]
+    tried = dict(part.rsplit(" ", 1) for part in line.partition("validation images: ")[2].split(", "))
+    assert set(tried) == set(TRIED)
+    kept = result.metrics["history"][1]["repair"]["criterion"]
+    assert kept == min(tried, key=lambda name: float(tried[name]))
+    assert f" {kept} it is" in line
+
+
+class Said(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
 
 
 class StoppedError(Exception):

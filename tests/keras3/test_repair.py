@@ -60,6 +60,28 @@ def test_a_layer_that_lost_nothing_that_matters_is_mended_exactly(layout: str) -
     assert all(refit.after < 1e-2 * refit.before for refit in done.values()), done
 
 
+def attention() -> Any:
+    inputs = keras.Input((6, 12))
+    x = layers.Add()([inputs, layers.MultiHeadAttention(3, 4)(inputs, inputs)])
+    x = layers.EinsumDense("abc,cde->abde", (6, 3, 5), bias_axes="de", activation="relu")(x)
+    return keras.Model(inputs, layers.Dense(4)(layers.Flatten()(layers.EinsumDense("abde,dec->abc", (6, 8), bias_axes="c")(x))))
+
+
+def test_einsums_are_mended_as_dense_layers_are() -> None:
+    model = attention()
+    coupling = coppice.couple(coppice.capture(model, (1, 6, 12)))
+    nothing = coppice.plan(coupling, coppice.score(model, coupling, "l1"), {"macs": coupling.cost().macs})
+    spoilt = coppice.apply(model, nothing)
+    kernels = {name: variable for name, variable in variables_of(spoilt).items() if name.endswith("kernel")}
+    for variable in kernels.values():
+        variable.assign(variable.value * 0.7)
+    x = [RNG.standard_normal((16, 6, 12)).astype("float32") for _ in range(24)]
+    done = {refit.weight: refit for refit in coppice.repair(model, spoilt, coupling, nothing, x)}
+    assert done.keys() == kernels.keys()
+    assert len(kernels) == 7
+    assert all(refit.after < 1e-2 * refit.before for refit in done.values()), done
+
+
 @pytest.mark.parametrize("layout", FORMATS)
 def test_a_cut_model_is_nearer_to_the_dense_one(layout: str) -> None:
     model = zoo(layout)

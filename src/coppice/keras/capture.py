@@ -77,9 +77,10 @@ class Origin:
     def removal_losses(
         self, model: Any, coupling: Coupling, batches: Iterable[Any], seed: int, orders: Mapping[int, Sequence[int]] | None = None
     ) -> dict[int, NDArray[np.float64]]:
-        raise CoppiceError(
-            "the criterion obs and the allocation measured work on PyTorch models only: choose another criterion, with --allocation global"
-        )
+        """The loss that each index of each prunable axis adds when it goes, along the axis's path (``coppice.elimination``)."""
+        from coppice.keras.elimination import removal_losses
+
+        return removal_losses(model, coupling, batches, seed, orders)
 
 
 def _bind(coupling: Coupling, binding: Binding) -> None:

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from coppice.allocate import plan as make_plan
-from coppice.config import MEASURED, RunConfig
+from coppice.config import RunConfig
 from coppice.coupling import couple
-from coppice.criteria import CRITERIA, score
+from coppice.criteria import score
 from coppice.errors import CoppiceError
 from coppice.keras.capture import capture
+from coppice.keras.cut_stage import cut
 from coppice.keras.data import load_images
 from coppice.keras.files import load_keras
 from coppice.keras.finish import finish
 from coppice.keras.mask_stage import grown, masked
 from coppice.keras.masking import check_masks
 from coppice.keras.opening import open_model
-from coppice.keras.stages import SLACK, Bench, Parts, cut, dense_step, example_shape, regularised, tune
+from coppice.keras.stages import SLACK, Bench, Parts, dense_step, example_shape, regularised, tune
 from coppice.keras.train import check_recipe
 from coppice.keras.walk import function_of, require_plain
 from coppice.masking import rounds
@@ -38,7 +39,6 @@ from coppice.run import KERAS, METRICS, PLAN, Run, check_manifest, check_out, cr
 from coppice.snapshot import Snapshot
 from coppice.targets import Target, humanise, interpolate, parse_target
 
-DEFAULTS = {"criterion": "taylor", "allocation": "global"}  # what a Keras model is cut by, if nothing else is said
 _LATER = 0.5  # each further round of fine-tuning has half the learning rate
 
 
@@ -56,7 +56,7 @@ def prune(
 
     data: `coppice.keras.data.load_images(...)`, or (train, validation, test), each batches of (inputs, targets): `tf.data`, a list, ...
     """
-    config = RunConfig(target=parse_target(target) if target else Target(), max_drop=max_drop, **{**DEFAULTS, **settings}).absolute()
+    config = RunConfig(target=parse_target(target) if target else Target(), max_drop=max_drop, **settings).absolute()
     parts = Parts.of(data)
     with ExitStack() as stack:
         path = Path(out) if out else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coppice-")))
@@ -117,8 +117,6 @@ def check_settings(config: RunConfig) -> None:
         raise CoppiceError("--max-drop alone works on PyTorch models only: name the size as well, as in --target macs=0.5")
     if config.target.setting is not None:
         raise CoppiceError("a latency can be a target of PyTorch models only: give a target of macs, params or bytes")
-    if config.criterion not in CRITERIA or config.criterion == "obs" or config.allocation == MEASURED:
-        raise CoppiceError("--criterion obs and auto, and --allocation measured, work on PyTorch models only: leave them out")
     if config.depth or config.int8 or config.cut_after:
         raise CoppiceError("--depth, --int8 and --cut-after work on PyTorch models only: leave them out")
     check_masks(config.masks)

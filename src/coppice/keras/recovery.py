@@ -15,9 +15,9 @@ from coppice.keras.evaluate import answers, log_probabilities
 from coppice.keras.heads import activation_of
 from coppice.keras.repair import repair
 from coppice.keras.walk import assign, layers_of, weights_of
-from coppice.mending import AS_CUT, BOTH, HALFWAY, REESTIMATED, REFITTED, TEMPERATURE, Recovery, nearest
+from coppice.linear import Array
+from coppice.mending import AS_CUT, BOTH, HALFWAY, REESTIMATED, REFITTED, Recovery, divergence, nearest
 from coppice.planning import Plan
-from coppice.refit import Array
 from coppice.stepwise import is_held_out
 
 Weights = Mapping[str, Array]
@@ -62,26 +62,21 @@ def recover(
                 candidates[HALFWAY] = {name: (x + both[name]) / 2 if name in statistics else x for name, x in mended.items()}
                 candidates[BOTH] = both
     judge = [batch for k, batch in enumerate(batches) if is_held_out(k)] or batches
-    goal = _softened(dense, judge)
+    goal = scores_of(dense, judge)
 
     def distance(weights: Weights) -> float:
         assign(pruned, weights)
-        return divergence(_softened(pruned, judge), goal)
+        return divergence(scores_of(pruned, judge), goal)
 
     best, found = nearest(candidates, distance, refitted, refused)
     assign(pruned, best)
     return found
 
 
-def divergence(logs: Array, goal: Array) -> float:
-    """KL of softened class probabilities, given as logarithms, from those of the dense model."""
-    return float((np.exp(goal) * (goal - logs)).sum(1).mean() * TEMPERATURE**2)
-
-
-def _softened(model: Any, batches: Sequence[Array]) -> Array:
+def scores_of(model: Any, batches: Sequence[Array]) -> Array:
+    """The logarithms of the class probabilities that the model gives."""
     ends = activation_of(model)
-    logs = np.concatenate([log_probabilities(answers(model, x), ends) for x in batches]) / TEMPERATURE
-    return np.asarray(logs - np.log(np.exp(logs).sum(1, keepdims=True)))
+    return np.concatenate([log_probabilities(answers(model, x), ends) for x in batches])
 
 
 def _statistics(model: Any) -> set[str]:

@@ -10,31 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from coppice.allocate import plan as make_plan
 from coppice.config import RunConfig, sha256
 from coppice.cost import Cost
-from coppice.coupling import Coupling, Mask, couple
-from coppice.criteria import CRITERIA, score
+from coppice.coupling import Coupling, Mask
 from coppice.errors import CoppiceError
-from coppice.keras.apply import apply, build, weights_in
-from coppice.keras.capture import capture
+from coppice.keras.apply import build, weights_in
 from coppice.keras.data import KerasData
 from coppice.keras.evaluate import BATCH, Part, batches_of, evaluate, sample
 from coppice.keras.masking import hold_masks
-from coppice.keras.recovery import recover
 from coppice.keras.regularise import regulariser
 from coppice.keras.rehearsal import choose
 from coppice.keras.train import Epoch, fine_tune, fitting, reestimate, steps_per_epoch
-from coppice.keras.verify import verify
 from coppice.masking import unpacked
-from coppice.mending import Recovery
-from coppice.planning import Plan, compose, kept_widths
+from coppice.planning import Plan
 from coppice.planning import make_plan as plan_that_keeps
 from coppice.progress import Progress
 from coppice.recipe import Recipe, described
 from coppice.run import Json, Run, replacing
 from coppice.snapshot import Snapshot, as_snapshot
-from coppice.stepwise import of_one_shape
 
 SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide
 
@@ -87,49 +80,6 @@ def dense_step(bench: Bench) -> Snapshot:
 
 def stage(bench: Bench, name: str, compute: Callable[[], Snapshot]) -> Snapshot:
     return as_snapshot(bench.run.stage(name, lambda: asdict(compute())))
-
-
-def cut(bench: Bench, name: str, before: Snapshot, budgets: Mapping[str, float]) -> Snapshot:
-    """Score, plan, apply and verify: a smaller model within `budgets`."""
-
-    def work() -> Snapshot:
-        config, model = bench.config, materialise(bench, before)
-        coupling = couple(capture(model, example_shape(bench.data))) if before.plan else bench.coupling
-        with bench.progress.bar(f"{name}: scoring by {config.criterion}"):
-            batch = CRITERIA[config.criterion].batch
-            images = list(sample(bench.data.train, config.calibration, config.seed, batch)) if batch else None
-            scores = score(model, coupling, config.criterion, images, None, config.seed, config.aggregation, config.normalization)
-        step = make_plan(coupling, scores, budgets, config.allocation, config.round_to, config.min_width)
-        with bench.progress.bar(f"{name}: building and verifying"):
-            pruned = apply(model, step)
-            proof = verify(model, pruned, coupling, step)
-        recovery = _repaired(bench, name, model, pruned, coupling, step)
-        whole = compose(Plan.from_json(before.plan), step) if before.plan else step
-        cost = bench.coupling.cost(kept_widths(bench.coupling, whole))
-        checks = [*before.checks, *(f"{name}: {line}" for line in proof.checked)]
-        state = store(bench, name, pruned)
-        val = validate(bench, pruned, name)
-        worst, said = max(before.max_error, proof.max_error), asdict(recovery) | {"criterion": config.criterion}
-        return Snapshot(
-            name, whole.to_json(), state, cost.to_dict(), val, checks=checks, max_error=worst, recovery=said, regularised=before.regularised
-        )
-
-    return stage(bench, name, work)
-
-
-def _repaired(bench: Bench, name: str, model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Recovery:
-    """Mend ``pruned`` in place: its BatchNormalization re-estimated, and its layers refitted if that is asked for, where that helps."""
-    config = bench.config
-    images = of_one_shape(x for x, _ in sample(bench.data.train, config.calibration, config.seed, BATCH))
-    with bench.progress.bar(f"{name}: repairing"):
-        found = recover(
-            model, pruned, coupling, plan, images, lambda cut: reestimate(cut, images), refit=config.repair, seed=config.seed
-        )  # fmt: skip
-    change = f"{dict(found.tried)['as cut']:.3f} -> {dict(found.tried)[found.kept]:.3f}"
-    bench.progress.say(f"{name} by {config.criterion}: {found.kept}: distance from the dense outputs {change} (held out)")
-    if found.refused:
-        bench.progress.say(f"{name}: layers were not refitted: {found.refused}")
-    return found
 
 
 def tune(bench: Bench, name: str, before: Snapshot, epochs: int, rate: float = 1.0, enough: float = math.inf) -> Snapshot:

@@ -131,7 +131,7 @@ class Origin:
         seed: int,
         orders: Mapping[int, Sequence[int]] | None = None,
     ) -> dict[int, NDArray[np.float64]]:
-        """The loss that each index of each prunable axis adds when it goes, along the axis's path (``coppice.torch.elimination``)."""
+        """The loss that each index of each prunable axis adds when it goes, along the axis's path (``coppice.elimination``)."""
         from coppice.torch.elimination import removal_losses
 
         return removal_losses(model, coupling, batches, seed, orders)

@@ -1,7 +1,7 @@
 """What a network loses with each of its modules, on calibration images: the order in which they should go.
 
 ``loss`` removes each module by itself, re-estimates BatchNorm, and compares the outputs: it holds for every kind, in the unit of the losses
-that are measured for widths (``coppice.torch.elimination``). The others look at one pass of the dense model: ``error`` at what the best
+that are measured for widths (``coppice.elimination``). The others look at one pass of the dense model: ``error`` at what the best
 linear map of what stays can't make up for, ``cosine`` at the angle between what stays and what was there (Men et al., ShortGPT, 2024),
 ``taylor`` at the gradient of a gate on the branch (Molchanov et al., 2019).
 """
@@ -78,10 +78,10 @@ def loss_without(
     """Divergence from the dense outputs ``goal`` without some modules, BatchNorm as it was or re-estimated; None: the code fails."""
     try:
         shallow = apply(model, plan_without(coupling, gone))
-        found = float(divergence(_outputs(shallow, judge), goal))
+        found = divergence(_outputs(shallow, judge), goal)
         if norms_with_statistics(shallow):
             reestimate_batchnorm(shallow, [(x, x) for x in fitted], None, images=sum(map(len, fitted)))
-            found = min(found, float(divergence(_outputs(shallow, judge), goal)))
+            found = min(found, divergence(_outputs(shallow, judge), goal))
     except Exception:  # the user's code may raise anything where it does not run without them
         return None
     return found if math.isfinite(found) else None

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from coppice.coupling import Coupling, Mask, keep_mask
 from coppice.errors import CoppiceError
 from coppice.graph import Op
 from coppice.planning import Plan, masks_by_atom
-from coppice.refit import Array, Refit, Refitting
+from coppice.refit import Refit, Refitting
 from coppice.stepwise import of_one_shape
 from coppice.torch.apply import masks_of
 from coppice.torch.aten import base_name
-from coppice.torch.layers import Layer, find_layers
+from coppice.torch.layers import Layer
+from coppice.torch.linear import Recorded
 from coppice.torch.lockstep import COPIES
-from coppice.torch.program import Program, coupled_on
-from coppice.torch.trees import named_tensors
+from coppice.torch.program import coupled_on
 
 __all__ = ["Refit", "repair"]
 
@@ -28,7 +27,7 @@ __all__ = ["Refit", "repair"]
 def repair(dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, batches: Iterable[Tensor], seed: int = 0) -> list[Refit]:
     """See `coppice.repair`."""
     same = of_one_shape(batches)
-    left, right = _Model(dense, same), _Model(pruned, same)
+    left, right = Recorded(dense, same), Recorded(pruned, same)
     if plan.removed is None and plan.then is None:
         here = coupled_on(dense, coupling, same[0])
         keep = masks_by_atom(here, plan)
@@ -41,66 +40,6 @@ def repair(dense: nn.Module, pruned: nn.Module, coupling: Coupling, plan: Plan, 
         twin = _likely_twins(left.program.ops, right.program.ops)
     small = {layer.weight: layer for layer in right.layers if plan.stays(layer.weight)}
     return Refitting(left, right, small, twin, masks, np.random.default_rng(seed)).run()
-
-
-class _Model:
-    """`coppice.refit.Model` of a module."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
-        self.program = Program(model, batches)
-        tensors = named_tensors(model)
-        self.layers = [_Linear(layer, tensors) for layer in find_layers(self.program)]
-
-    def array(self, value: int, batch: int) -> Array:
-        return self.program.value(value, batch).detach().numpy()  # type: ignore[no-any-return]
-
-    def adds(self, op: Op) -> bool:
-        return base_name(op.call.func) == "add" and op.call.kwargs.get("alpha", 1) == 1 and len(op.call.args) <= 2
-
-
-class _Linear:
-    """`coppice.refit.Linear` of a :class:`Layer`."""
-
-    channels = 1
-
-    def __init__(self, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
-        self.layer, self._tensors = layer, tensors
-        self.index, self.weight, self.input, self.output = layer.index, layer.weight, layer.input, layer.output
-        self.normed = None if layer.norm is None else layer.norm.output
-
-    @property
-    def can_shift(self) -> bool:
-        return self.layer.can_shift
-
-    def matrix(self) -> Array:
-        return self.layer.matrix(self._tensors[self.weight].detach()).numpy()
-
-    def bias(self) -> Array | None:
-        return None if self.layer.bias is None else self._tensors[self.layer.bias].detach().numpy()
-
-    @torch.no_grad()
-    def change(self, matrix: Array, shift: Array | None) -> None:
-        weight = self._tensors[self.weight]
-        weight.copy_(self.layer.weight_from(torch.from_numpy(matrix), weight).to(weight.dtype))
-        for name, value in ({} if shift is None else self.layer.shifted(self._tensors, torch.from_numpy(shift))).items():
-            self._tensors[name].copy_(value)
-
-    def affine(self) -> tuple[Array, Array]:
-        assert self.layer.norm is not None
-        shift, scale = self.layer.norm.affine(self._tensors)
-        return shift.numpy(), scale.numpy()
-
-    def positions(self, y: Array) -> int:
-        return self.layer.positions(y.shape)
-
-    def samples(self, x: Array) -> int:
-        return int(x.shape[0]) if self.layer.kernel else 1
-
-    def features(self, x: Array, at: Array, y: Array) -> Array:
-        return self.layer.features(torch.from_numpy(x), torch.from_numpy(at), y.shape[2:]).numpy()
-
-    def responses(self, y: Array, at: Array) -> Array:
-        return self.layer.responses(torch.from_numpy(y), torch.from_numpy(at)).numpy()
 
 
 def _of_results(layer: Layer, weight: list[Mask] | None, shape: Sequence[int]) -> list[Mask]:
