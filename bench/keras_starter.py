@@ -124,7 +124,7 @@ def main() -> None:
     rows = []
     for way, settings in () if args.dense_only else WAYS.items():
         result = coppice.prune(
-            dense, data, TARGET, max_drop=MAX_DROP, stop_early=True, rounds=3, recipe=TUNING, calibration=256,
+            dense, data, TARGET, max_drop=MAX_DROP, stop_early=True, rounds=3, recipe=TUNING, calibration=256, allocation="global",
             out=args.out / way.replace(" ", "-"), **settings,
         )  # fmt: skip
         rows.append(row(way, result.metrics))
