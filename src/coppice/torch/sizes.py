@@ -26,10 +26,11 @@ from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Kind
 from coppice.torch.lockstep import inside
+from coppice.torch.probes import agrees_at_once
 from coppice.torch.trees import modules_of
 from coppice.torch.trial import Trials
 
-ROUNDS, ROUNDS_IF_SHORT = 5, 9  # trials with different widths after the last change, so that no agreement is a coincidence
+ROUNDS, ROUNDS_IF_SHORT = 5, 9  # trials with different widths after the last change, where those of coppice.torch.probes don't settle it
 EIGHTHS = 3  # the first trials, at some eighths of every width, since code that divides a width (by heads, by groups) asserts that it can
 SHORT = 6  # a short axis has few widths, which agree by chance more often; it is also tried at a width of 1
 Choice = tuple[str, int | None, int]  # an attribute, its index where it is a sequence, and which of an op's sized axes it holds
@@ -43,6 +44,8 @@ def bind_sizes(model: nn.Module, trials: Trials, coupling: Coupling) -> None:
         at = search.trials.run(search.widths(seed))
         if at is None:
             seed, agreed = seed + 1, agreed + 1
+            if agreed == 1 and agrees_at_once(trials, coupling):
+                break
         else:
             agreed = 0
             search.resolve(*search.earliest(at, seed))
