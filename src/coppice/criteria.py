@@ -168,7 +168,7 @@ def bn_scale(request: Request) -> ByAxis:
 
 
 def of_activations(statistic: str) -> Callable[[Request], ByAxis]:
-    """Scores from a statistic of each channel that a layer reads (``coppice.torch.activations``). Needs no labels."""
+    """Scores from a statistic of each channel that a layer reads (``coppice.activations``). Needs no labels."""
 
     def scores(request: Request) -> ByAxis:
         inputs = (x for x, _ in request.batches)

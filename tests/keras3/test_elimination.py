@@ -15,7 +15,6 @@ import coppice
 from coppice import elimination
 from coppice.coupling import keep_mask
 from coppice.criteria import measure
-from coppice.elimination import Removal
 from coppice.keras.apply import weights_in
 from coppice.keras.linear import Recorded
 from coppice.keras.program import coupled_on
@@ -149,23 +148,20 @@ def images(count: int = 8) -> list[Array]:
     return [rng.standard_normal((16, 8, 8, 3)).astype("float32") for _ in range(count)]
 
 
-def paths_and_losses(model: Any, batches: list[Array]) -> tuple[dict[str, Removal], dict[str, Array]]:
+def losses_of(model: Any, batches: list[Array]) -> list[Array]:
     coupling = coppice.couple(coppice.capture(model, batches[0]))
-    found = elimination.removal_paths(Recorded(model, batches), coupling, np.random.default_rng(0).permutation)
     losses = coppice.score(model, coupling, "obs", [(x, None) for x in batches])
-    return {a.name: found[a.id] for a in coupling.prunable}, {a.name: losses[a.id] for a in coupling.prunable}
+    return [losses[axis.id] for axis in coupling.prunable]
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch is not installed beside the other backends")
-def test_the_pytorch_twin_goes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def twins() -> Any:
+    """A PyTorch network, its inputs, its Keras twin, and the names that the latter's axes have by those of the former's."""
+    if BACKEND != "torch":
+        pytest.skip("PyTorch is not installed beside the other backends")
     import torch
     from torch import nn
 
-    from coppice.torch import linear
-    from coppice.torch.elimination import drawn
-
-    exactly(monkeypatch)
-    monkeypatch.setattr(elimination, "RIDGE", 1e-3)
     torch.manual_seed(0)
 
     def conv(*sizes: int, stride: int = 1, groups: int = 1, padding: int = 0) -> list[nn.Module]:
@@ -176,41 +172,58 @@ def test_the_pytorch_twin_goes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> 
         *conv(3, 16, 3, padding=1), *conv(16, 16, 3, groups=16), *conv(16, 12, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 4),
     )  # fmt: skip
-    batches = images()
-    ours = [torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in batches]
-    net(torch.cat(ours))  # statistics of BatchNorm
+    inputs = [torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in images()]
+    net(torch.cat(inputs))  # statistics of BatchNorm
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-3  # Keras's
     twin = classifier()
     pairs = take_weights(twin, {name: t.numpy() for name, t in net.eval().state_dict().items()})
-    theirs, theirs_cost = paths_and_losses(twin, batches)
-    coupling = coppice.couple(coppice.capture(net, ours[0], values=True))
-    paths = elimination.removal_paths(linear.Recorded(net, ours), coupling, drawn(0))
-    costs = coppice.score(net, coupling, "obs", [(x, None) for x in ours])
-    names = {f"{pair.torch}:{dim}": f"{pair.keras}:{pair.order.index(dim)}" for pair in pairs for dim in range(len(pair.order))}
-    assert len(coupling.prunable) == len(theirs) == 3
-    for axis in coupling.prunable:
-        ((name, path),) = [(name, path) for name, path in theirs.items() if name in {names[f"{n}:{d}"] for n, d in axis.sites}]
-        assert path.order == paths[axis.id].order
-        assert path.added == pytest.approx(paths[axis.id].added, rel=1e-3)
-        assert theirs_cost[name] == pytest.approx(costs[axis.id], rel=1e-2)
+    coupling, other = coppice.couple(coppice.capture(net, inputs[0], values=True)), coppice.couple(coppice.capture(twin, images()[0]))
+    sites = {(pair.torch, dim): (pair.keras, pair.order.index(dim)) for pair in pairs for dim in range(len(pair.order))}
+    same = {a.id: next(b.id for b in other.prunable if {sites[site] for site in a.sites} & set(b.sites)) for a in coupling.prunable}
+    assert len(same) == len(other.prunable) == 3
+    return net, inputs, coupling, twin, other, same
+
+
+def test_the_pytorch_twin_goes_the_same_way(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coppice.torch import linear
+    from coppice.torch.elimination import drawn
+
+    exactly(monkeypatch)
+    monkeypatch.setattr(elimination, "RIDGE", 1e-3)
+    net, inputs, coupling, twin, other, same = twins
+    ours = elimination.removal_paths(linear.Recorded(net, inputs), coupling, drawn(0))
+    theirs = elimination.removal_paths(Recorded(twin, images()), other, np.random.default_rng(0).permutation)
+    for axis, twice in same.items():
+        assert ours[axis].order == theirs[twice].order
+        assert ours[axis].added == pytest.approx(theirs[twice].added, rel=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["obs", "activation", "apoz", "rank", "independence", "wanda"])
+def test_the_pytorch_twin_has_the_same_scores(criterion: str, twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elimination, "SAMPLES_A_FEATURE", 10**6)
+    net, inputs, coupling, twin, other, same = twins
+    ours = coppice.score(net, coupling, criterion, [(x, None) for x in inputs])
+    theirs = coppice.score(twin, other, criterion, [(x, None) for x in images()])
+    for axis, twice in same.items():
+        assert ours[axis] == pytest.approx(theirs[twice], rel=1e-2)
 
 
 def test_scoring_leaves_the_model_as_it_was_and_needs_no_labels() -> None:
     model = classifier("softmax", attention=True)
     before = weights_in(model)
-    _, losses = paths_and_losses(model, images(4))
+    losses = losses_of(model, images(4))
     assert all(np.array_equal(a, b) for a, b in zip(before.values(), weights_in(model).values(), strict=True))
     assert len(losses) >= 5  # of the attention: its heads, and what queries and keys are compared along
-    assert all(np.isfinite(found).all() and found.max() > 0 for found in losses.values())
+    assert all(np.isfinite(found).all() and found.max() > 0 for found in losses)
 
 
 def test_probabilities_are_taken_for_the_scores_that_they_come_from() -> None:
     model, batches = classifier(), images(4)
     same = classifier("softmax")
     same.set_weights(model.get_weights())
-    for wanted, found in zip(*(paths_and_losses(m, batches)[1].values() for m in (model, same)), strict=True):
+    for wanted, found in zip(losses_of(model, batches), losses_of(same, batches), strict=True):
         assert found == pytest.approx(wanted, rel=1e-2)
 
 

@@ -69,10 +69,11 @@ class Origin:
         raise CoppiceError("masks by wanda work on PyTorch models only: choose magnitude, gradient, taylor or random")
 
     def activation_scores(self, model: Any, coupling: Coupling, batches: Iterable[Any], statistic: str) -> dict[int, NDArray[Any]]:
-        raise CoppiceError(
-            f"the criterion that looks at activations ({statistic}) works on PyTorch models only: choose l1, l2, lamp, fpgm, bn-scale, "
-            "taylor, fisher, gradient, snip or synflow"
-        )
+        """A statistic (``coppice.activations``) of each index of each prunable axis."""
+        from coppice.activations import activation_scores
+        from coppice.keras.linear import recorded
+
+        return activation_scores(*recorded(model, coupling, batches), coupling, statistic)
 
     def removal_losses(
         self, model: Any, coupling: Coupling, batches: Iterable[Any], seed: int, orders: Mapping[int, Sequence[int]] | None = None

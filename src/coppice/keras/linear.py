@@ -5,20 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 
+from coppice.coupling import Coupling
 from coppice.graph import Kind, Op
 from coppice.keras.einsum import Einsum
 from coppice.keras.heads import activation_of
-from coppice.keras.program import Program
+from coppice.keras.program import Program, coupled_on
 from coppice.keras.walk import layers_of, numbers, variables_of
 from coppice.linear import Array, Linear
 from coppice.refit import only_use
+from coppice.stepwise import of_one_shape
 
 CONVOLUTIONS = ("conv_kernel_first", "depthwise_conv")  # rules
 _SMALLEST_SCALE = 1e-4  # of a normalisation: below, nothing can be undone
@@ -48,6 +50,15 @@ class Recorded:
     def answers(self) -> Array:
         found = np.concatenate([keras.ops.convert_to_numpy(y) for y in self.program.finish()])
         return np.log(np.maximum(found, 1e-30)) if activation_of(self._model) == "softmax" else found
+
+
+def recorded(model: Any, coupling: Coupling, batches: Iterable[Any]) -> tuple[Recorded, Coupling]:
+    """``model`` on those of ``batches`` (model inputs) that have the first one's shape, and ``coupling`` as it is there.
+
+    CoppiceError where there are no batches.
+    """
+    same = of_one_shape(np.asarray(x) for x in batches)
+    return Recorded(model, same), coupled_on(model, coupling, same[0])
 
 
 @dataclass(frozen=True, slots=True)

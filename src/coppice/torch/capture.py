@@ -118,10 +118,11 @@ class Origin:
         return input_norms(model, batches)
 
     def activation_scores(self, model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], statistic: str) -> dict[int, NDArray[Any]]:
-        """A statistic (``coppice.torch.activations``) of each index of each prunable axis."""
-        from coppice.torch.activations import activation_scores
+        """A statistic (``coppice.activations``) of each index of each prunable axis."""
+        from coppice.activations import activation_scores
+        from coppice.torch.linear import recorded
 
-        return activation_scores(model, coupling, batches, statistic)
+        return activation_scores(*recorded(model, coupling, batches), coupling, statistic)
 
     def removal_losses(
         self,

@@ -15,7 +15,7 @@ from coppice.coupling import Coupling
 from coppice.elimination import Draw, Refitter
 from coppice.linear import Array
 from coppice.stepwise import of_one_shape
-from coppice.torch.linear import Recorded, array_of
+from coppice.torch.linear import Recorded, array_of, recorded
 from coppice.torch.program import coupled_on
 
 
@@ -33,8 +33,7 @@ def removal_losses(
 
 def refitter(model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], seed: int = 0) -> Refitter:
     """What reads an axis of ``model``, refitted on ``batches`` (model inputs) for any choice of what stays of the axis."""
-    same = of_one_shape(batches)
-    return Refitter(Recorded(model, same), coupled_on(model, coupling, same[0]), drawn(seed))
+    return Refitter(*recorded(model, coupling, batches), drawn(seed))
 
 
 def drawn(seed: int) -> Draw:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coppice.coupling import Coupling
 from coppice.graph import Op
 from coppice.linear import Array
+from coppice.stepwise import of_one_shape
 from coppice.torch.aten import base_name
 from coppice.torch.layers import Layer, find_layers
-from coppice.torch.program import Program
+from coppice.torch.program import Program, coupled_on
 from coppice.torch.trees import named_tensors
 
 
@@ -38,6 +40,15 @@ class Recorded:
 
     def answers(self) -> Array:
         return array_of(torch.cat(self.program.finish()))
+
+
+def recorded(model: nn.Module, coupling: Coupling, batches: Iterable[Tensor]) -> tuple[Recorded, Coupling]:
+    """``model`` on those of ``batches`` (model inputs) that have the first one's shape, and ``coupling`` as it is there.
+
+    CoppiceError where there are no batches.
+    """
+    same = of_one_shape(batches)
+    return Recorded(model, same), coupled_on(model, coupling, same[0])
 
 
 class Linear:
