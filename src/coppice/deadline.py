@@ -13,22 +13,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from coppice.allocate import plan as make_plan
 from coppice.coupling import Coupling
 from coppice.errors import UnreachableError
-from coppice.exporting import write_onnx
+from coppice.frameworks import is_keras
+from coppice.front_ends import apply
 from coppice.latency import LatencyModel, latency_model
 from coppice.microbench import check_tells
 from coppice.planning import Plan
-from coppice.runtimes import RUNTIMES
+from coppice.runtimes import LITE, RUNTIMES
 from coppice.saliency import Scores
+from coppice.targets import humanise
 from coppice.timing import Comparison, Measurement, Setting, check, measure
-from coppice.torch.apply import apply
 
 CLOSE = 0.02  # a plan within this part of the budget is not corrected
 CORRECTIONS = 2
+GUESSED = 4  # corrections where the prediction goes by MACs alone
 SLACK = 0.05  # a measured latency that is over by no more than this part meets its target: it is about what two measurements differ by
 DENSE, PRUNED = "dense", "pruned"
 
@@ -43,10 +43,10 @@ class Clock:
 
     setting: Setting
     shape: tuple[int, ...]
-    dense: nn.Module | Path
+    dense: Any  # a model, or the file that the runtime reads
     seconds: float
 
-    def time(self, model: nn.Module) -> TimedModel:
+    def time(self, model: Any) -> TimedModel:
         found = measure(
             {DENSE: self.dense, PRUNED: model},
             self.shape,
@@ -69,24 +69,36 @@ class TimedModel:
         return self.measurement.comparisons[0]
 
 
-def start_clock(setting: Setting, shape: tuple[int, ...], dense: nn.Module, folder: Path, seconds: float | None = None) -> Clock:
+def start_clock(setting: Setting, shape: tuple[int, ...], dense: Any, folder: Path, seconds: float | None = None) -> Clock:
     """A clock for models beside ``dense``, of which files may be kept in ``folder``; it is timed unless ``seconds`` are known.
 
     CoppiceError where the runtime is missing, does not tell what ops take or can't run the model, and where the machine is too busy.
     """
-    check_tells(setting.runtime)
+    if not is_keras(dense):
+        check_tells(setting.runtime)
     check([setting])
-    reference: nn.Module | Path = dense
+    reference = dense
     if RUNTIMES[setting.runtime].reads is not None:
-        import torch
-
-        reference = folder / "dense.onnx"
+        reference = folder / f"dense{LITE if setting.runtime == 'litert' else '.onnx'}"
         if not reference.exists():
-            write_onnx(dense, torch.zeros(2, *shape), reference)
+            _write(dense, shape, reference)
     if seconds is None:
         found = measure({DENSE: reference}, shape, (setting.runtime,), (setting.threads,), (setting.batch,))
         seconds = found.timings[0].p50
     return Clock(setting, shape, reference, seconds)
+
+
+def _write(dense: Any, shape: tuple[int, ...], path: Path) -> None:
+    if is_keras(dense):
+        from coppice.keras.export import write
+
+        write(dense, path, "lite" if path.suffix == LITE else "onnx")
+    else:
+        import torch
+
+        from coppice.exporting import write_onnx
+
+        write_onnx(dense, torch.zeros(2, *shape), path)
 
 
 @dataclass(frozen=True)
@@ -94,10 +106,15 @@ class OnTime:
     """A plan, the model it gives, and what was promised (``predicted``) and found (``timed``); ``tried`` are all such pairs, in order."""
 
     plan: Plan
-    model: nn.Module
+    model: Any
     predicted: float
     timed: TimedModel
     tried: tuple[tuple[float, float], ...]
+
+    def said(self, asked: float) -> str:
+        """What was predicted and found on the way to the seconds that were asked for, in words."""
+        steps = ", ".join(f"{humanise(said, 'latency')} predicted, {humanise(took, 'latency')} measured" for said, took in self.tried)
+        return f"{steps} ({self.timed.comparison.setting}; asked for {humanise(asked, 'latency')})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the journal."""
@@ -111,7 +128,7 @@ class OnTime:
 
 
 def plan_on_time(
-    model: nn.Module,
+    model: Any,
     coupling: Coupling,
     scores: Scores,
     budgets: Mapping[str, float],
@@ -148,7 +165,7 @@ def plan_on_time(
             between = attempt(asked, grid // 2)
             if between.timed.seconds < (1 - CLOSE) * now.timed.seconds:
                 now, offset = between, grid // 2
-    for _ in range(CORRECTIONS):
+    for _ in range(GUESSED if predictor.table is None else CORRECTIONS):
         if (1 - CLOSE) * asked <= now.timed.seconds <= asked:
             break
         count = len(tries)
@@ -161,9 +178,7 @@ def plan_on_time(
     return replace(best, tried=tuple((t.predicted, t.timed.seconds) for t in tries))
 
 
-def feasible_prices(
-    dense: nn.Module, coupling: Coupling, setting: Setting, shape: tuple[int, ...], min_width: int
-) -> tuple[float, LatencyModel]:
+def feasible_prices(dense: Any, coupling: Coupling, setting: Setting, shape: tuple[int, ...], min_width: int) -> tuple[float, LatencyModel]:
     """What the dense model takes, and its latency model: enough to say before a run whether its target can be met."""
     with tempfile.TemporaryDirectory(prefix="coppice-") as folder:
         seconds = start_clock(setting, shape, dense, Path(folder)).seconds

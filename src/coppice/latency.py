@@ -1,7 +1,8 @@
 """What a model will take at any widths: the sum of its ops, each timed at widths on the runtime's grid, calibrated against the whole model.
 
 What no op of the table explains (pooling, norms that are not fused, memory traffic between ops) is the rest; it grows and shrinks with what
-those ops write.
+those ops write. Where a front-end's ops are not timed one by one (Keras), the whole goes by the MACs of its ops: a first guess, which
+`coppice.deadline` measures and corrects.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from coppice.axes import Axis, atoms, find
-from coppice.cost import width
+from coppice.cost import Term, width
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.microbench import OpShape
@@ -41,6 +42,10 @@ class OpPrice:
     kind: str = "latency"
 
     @property
+    def name(self) -> str:
+        return self.op.name
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
         return tuple(axis for some in self.op.axes for axis in some)
 
@@ -57,12 +62,33 @@ class OpPrice:
 
 
 @dataclass(frozen=True, eq=False)
+class WorkPrice:
+    """The seconds of one op in proportion to its MACs."""
+
+    name: str
+    term: Term
+    seconds: float  # a MAC
+    kind: str = "latency"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.term.axes
+
+    def within(self, moving: Collection[Axis]) -> WorkPrice:
+        return replace(self, term=self.term.within(moving))
+
+    def evaluate(self, widths: Mapping[Axis, int]) -> float:
+        return self.seconds * self.term.evaluate(widths)
+
+
+@dataclass(frozen=True, eq=False)
 class RestPrice:
     """A part of the rest: ``seconds`` at full widths, in proportion to what one op writes."""
 
     axes: tuple[Axis, ...]
     seconds: float
     kind: str = "latency"
+    name: str = REST
 
     def within(self, moving: Collection[Axis]) -> RestPrice:
         del moving
@@ -76,19 +102,20 @@ class RestPrice:
 class LatencyModel:
     """Predicts seconds of a model in one setting at widths of its axes.
 
-    ``dense``: what the whole model was measured to take; ``table``: what its ops take by the table, alone; ``grid``: the runtime's.
+    ``dense``: what the whole model was measured to take; ``table``: what its ops take by the table, alone (None: they were not timed);
+    ``grid``: the runtime's.
     """
 
     coupling: Coupling
     setting: Setting
     dense: float
-    table: float
+    table: float | None
     grid: int
     ops: tuple[OpPrice, ...]
-    rest: tuple[RestPrice, ...]
+    rest: tuple[RestPrice | WorkPrice, ...]
 
     @property
-    def prices(self) -> tuple[OpPrice | RestPrice, ...]:
+    def prices(self) -> tuple[OpPrice | WorkPrice | RestPrice, ...]:
         return (*self.ops, *self.rest)
 
     def predict(self, kept: Mapping[int, int] | None = None) -> float:
@@ -105,14 +132,13 @@ class LatencyModel:
         widths = self.coupling.widths(kept)
         found: dict[str, float] = {}
         for price in self.prices:
-            name = price.op.name if isinstance(price, OpPrice) else REST
-            found[name] = found.get(name, 0.0) + price.evaluate(widths)
+            found[price.name] = found.get(price.name, 0.0) + price.evaluate(widths)
         return found
 
     @property
-    def unexplained(self) -> float:
-        """The part of the whole that the sum of the ops leaves open (negative: the sum is more than the whole)."""
-        return 1 - self.table / self.dense
+    def unexplained(self) -> float | None:
+        """The part of the whole that the sum of the ops leaves open (negative: the sum is more than the whole). None: it is not known."""
+        return None if self.table is None else 1 - self.table / self.dense
 
 
 def latency_model(
@@ -127,13 +153,13 @@ def latency_model(
 
     ``least``: no axis gets narrower. CoppiceError where the runtime does not tell what single ops take.
     """
-    from coppice.torch.timed import timed
-
+    found = coupling.graph.origin.timed(coupling)
+    if not (coupling.cost().macs if found is None else found.ops):
+        raise CoppiceError("the model has no convolution and no matrix product: there is nothing to predict its latency from")
+    if found is None:
+        return _by_work(coupling, setting, dense)
     table = table or OpTable.of_this_machine(setting.runtime, setting.threads)
     grid = table.grid()
-    found = timed(coupling)
-    if not found.ops:
-        raise CoppiceError("the model has no convolution and no matrix product: there is nothing to predict its latency from")
     batch = setting.batch // math.gcd(setting.batch, coupling.graph.batch)
     if batch * coupling.graph.batch != setting.batch:
         raise CoppiceError(
@@ -158,6 +184,12 @@ def latency_model(
     return LatencyModel(
         coupling, setting, dense, total, grid, tuple(replace(price, scale=scale) for price in ops), _rest(others, dense - scale * total)
     )
+
+
+def _by_work(coupling: Coupling, setting: Setting, dense: float) -> LatencyModel:
+    rate = dense / coupling.cost().macs
+    terms = [(op.module, term) for op, info in zip(coupling.graph.ops, coupling.ops, strict=True) for term in info.macs]
+    return LatencyModel(coupling, setting, dense, None, 1, (), tuple(WorkPrice(name, term, rate) for name, term in terms))
 
 
 def _at_batch(op: TimedOp, batch: int) -> OpShape:

@@ -36,9 +36,10 @@ def render_report(
         "classes": inline(_classes_picture(metrics), "classes", "Change of test accuracy by class"),
     }
     if metrics["latency"]:
-        pictures["latency"] = inline(
-            _layers_picture(metrics["latency"]["layers"]), "latency", "Milliseconds of each layer, before and after"
-        )
+        if "layers" in metrics["latency"]:
+            pictures["latency"] = inline(
+                _layers_picture(metrics["latency"]["layers"]), "latency", "Milliseconds of each layer, before and after"
+            )
         pictures["pareto"] = inline(_pareto_picture(metrics), "pareto", "Validation top-1 against milliseconds over the steps of the loop")
     return page(
         "report.html.j2", pictures, title=title, m=metrics, rows=table_rows(metrics), widths=widths, pins=_sorted_pins(pins), config=config,

@@ -38,7 +38,6 @@ from coppice.recovery import outputs, recover
 from coppice.run import Json, Run
 from coppice.saliency import Scores
 from coppice.snapshot import Snapshot, as_snapshot
-from coppice.targets import humanise
 from coppice.timing import Setting
 from coppice.torch.apply import apply, build
 from coppice.torch.capture import capture
@@ -300,8 +299,7 @@ def _plans(
                 model, coupling, scores, budgets, bench.clock, predictor,
                 allocation=allocation, round_to=config.round_to, min_width=config.min_width, spare=spare,
             )  # fmt: skip
-        steps = ", ".join(f"{humanise(said, 'latency')} predicted, {humanise(took, 'latency')} measured" for said, took in on_time.tried)
-        bench.progress.say(f"{name}: {steps} ({bench.clock.setting}; asked for {humanise(budgets['latency'], 'latency')})")
+        bench.progress.say(f"{name}: {on_time.said(budgets['latency'])}")
         found.append((on_time.plan, on_time))
     return found if found[0][0] != found[-1][0] else found[:1]
 

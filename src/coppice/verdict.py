@@ -58,7 +58,7 @@ class Verdict:
     asked: float
     least: float
     grid: int
-    unexplained: float
+    unexplained: float | None
     layers: tuple[tuple[str, float], ...]
     buys: tuple[Buys, ...]
     reached: OnTime | None

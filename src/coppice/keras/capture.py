@@ -65,6 +65,9 @@ class Origin:
 
         return synaptic_flow(model, self.shapes)
 
+    def timed(self, coupling: Coupling) -> None:
+        """A Keras model's ops are not timed one by one: its runtimes don't tell what they take."""
+
     def input_norms(self, model: Any, batches: Iterable[Any]) -> dict[str, NDArray[Any]]:
         raise CoppiceError("masks by wanda work on PyTorch models only: choose magnitude, gradient, taylor or random")
 

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from coppice.config import dump_config
+from coppice.deadline import SLACK as OVER
 from coppice.errors import VerificationError
 from coppice.floor import has_seen_validation
 from coppice.keras.apply import apply, weights_in
@@ -47,7 +48,8 @@ def finish(bench: Bench, history: Sequence[Snapshot], reached: Snapshot) -> None
         "dense": {**dense_test, **history[0].cost, "val": dict(history[0].val)},
         "pruned": {**pruned_test, **reached.cost, "val": dict(reached.val)},
         "target": {**bench.config.target.to_dict(), "max_drop": bench.config.max_drop},
-        **dict.fromkeys(("latency", "int8", "modules")),  # what only PyTorch models are asked for
+        **dict.fromkeys(("int8", "modules")),  # what only PyTorch models are asked for
+        "latency": None if reached.latency is None else {**reached.latency, "dense": bench.cost.latency},
         "masks": masks,
         "regularised": reached.regularised,
         "drop": {"val": history[0].top1 - reached.top1, "test": dense_test["top1"] - pruned_test["top1"]},
@@ -119,8 +121,9 @@ def _verdict(bench: Bench, dense: Snapshot, reached: Snapshot, before: Json, aft
     """Whether target and floor (on test) hold, and one sentence that says so, or what does not and how close it came."""
     config, parts, met = bench.config, [], True
     for key, budget in config.target.resolve(bench.cost).items():
-        holds, whole = reached.cost[key] <= budget, float(getattr(bench.cost, key))
-        label = {"macs": "MACs", "params": "parameters"}.get(key, key)
+        whole = float(getattr(bench.cost, key))
+        holds = reached.cost[key] <= budget * (1 + OVER if key == "latency" else 1)
+        label = {"macs": "MACs", "params": "parameters", "latency": f"latency ({config.target.setting})"}.get(key, key)
         shares = f"{label} {humanise(whole, key)} → {humanise(reached.cost[key], key)} (× {reached.cost[key] / whole:.3f})"
         parts.append(f"{shares}, {'within' if holds else 'over'} the target of {humanise(budget, key)}")
         met &= holds

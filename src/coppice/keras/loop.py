@@ -15,8 +15,10 @@ from typing import Any
 
 from coppice.allocate import plan as make_plan
 from coppice.config import RunConfig
+from coppice.cost import Priced
 from coppice.coupling import couple
 from coppice.criteria import score
+from coppice.deadline import feasible_prices
 from coppice.errors import CoppiceError
 from coppice.keras.capture import capture
 from coppice.keras.cut_stage import cut
@@ -26,7 +28,7 @@ from coppice.keras.finish import finish
 from coppice.keras.mask_stage import grown, masked
 from coppice.keras.masking import check_masks
 from coppice.keras.opening import open_model
-from coppice.keras.stages import SLACK, Bench, Parts, dense_step, example_shape, regularised, tune
+from coppice.keras.stages import SLACK, Bench, Parts, dense_step, example_shape, on_the_clock, regularised, tune
 from coppice.keras.train import check_recipe
 from coppice.keras.walk import function_of, require_plain
 from coppice.masking import rounds
@@ -103,9 +105,13 @@ def check_feasible(model: Any, data: Parts, config: RunConfig) -> None:
     if config.masks and not sites(coupling)[0]:
         raise CoppiceError(NOTHING)
     if config.target:
+        cost, prices = coupling.cost(), list[Priced]()
+        if config.target.setting is not None:
+            seconds, found = feasible_prices(model, coupling, config.target.setting, shape[1:], config.min_width)
+            cost, prices = replace(cost, latency=seconds), [*found.prices]
         make_plan(
-            coupling, score(model, coupling, "random", None, None, config.seed), config.target.resolve(coupling.cost()),
-            round_to=config.round_to, min_width=config.min_width,
+            coupling, score(model, coupling, "random", None, None, config.seed), config.target.resolve(cost),
+            round_to=config.round_to, min_width=config.min_width, prices=prices,
         )  # fmt: skip
 
 
@@ -115,8 +121,6 @@ def check_settings(config: RunConfig) -> None:
         raise CoppiceError("nothing to reach: give --target, for example macs=0.5, or --max-drop, or both, or --sparsity")
     if not config.target and not config.masks:
         raise CoppiceError("--max-drop alone works on PyTorch models only: name the size as well, as in --target macs=0.5")
-    if config.target.setting is not None:
-        raise CoppiceError("a latency can be a target of PyTorch models only: give a target of macs, params or bytes")
     if config.depth or config.int8 or config.cut_after:
         raise CoppiceError("--depth, --int8 and --cut-after work on PyTorch models only: leave them out")
     check_masks(config.masks)
@@ -130,6 +134,8 @@ def _work(model: Any, data: Parts, run: Run, progress: Progress) -> Result[Any]:
     else:
         coupling = couple(capture(model, example_shape(data)))
         bench = Bench(model, data, coupling, coupling.cost(), run, progress)
+        if run.config.target.setting is not None:
+            bench = on_the_clock(bench, run.config.target.setting)
         history = [dense_step(bench)]
         progress.say(f"dense: {humanise(bench.cost.macs, 'macs')} MACs, validation top-1 {history[0].top1:.2f} %")
         reached = _with_masks(bench, history, _towards_target(bench, history) if run.config.target else history[0])

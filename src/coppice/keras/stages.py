@@ -13,6 +13,7 @@ import numpy as np
 from coppice.config import RunConfig, sha256
 from coppice.cost import Cost
 from coppice.coupling import Coupling, Mask
+from coppice.deadline import Clock, start_clock
 from coppice.errors import CoppiceError
 from coppice.keras.apply import build, weights_in
 from coppice.keras.data import KerasData
@@ -28,6 +29,7 @@ from coppice.progress import Progress
 from coppice.recipe import Recipe, described
 from coppice.run import Json, Run, replacing
 from coppice.snapshot import Snapshot, as_snapshot
+from coppice.timing import Setting
 
 SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide
 
@@ -61,6 +63,7 @@ class Bench:
     cost: Cost
     run: Run
     progress: Progress
+    clock: Clock | None = None  # where the target asks for a latency
 
     @property
     def config(self) -> RunConfig:
@@ -76,6 +79,18 @@ def example_shape(data: Parts) -> tuple[int, ...]:
 
 def dense_step(bench: Bench) -> Snapshot:
     return stage(bench, "dense", lambda: Snapshot("dense", None, None, bench.cost.to_dict(), validate(bench, bench.dense, "dense")))
+
+
+def on_the_clock(bench: Bench, setting: Setting) -> Bench:
+    """The same with a clock for the target's latency; the dense model is timed once a run."""
+    shape, folder = example_shape(bench.data)[1:], bench.run.state_path("dense").parent
+
+    def work() -> Json:
+        with bench.progress.bar(f"timing the dense model ({setting})"):
+            return {"seconds": start_clock(setting, shape, bench.dense, folder).seconds}
+
+    seconds = bench.run.stage("dense latency", work)["seconds"]
+    return replace(bench, clock=start_clock(setting, shape, bench.dense, folder, seconds), cost=replace(bench.cost, latency=seconds))
 
 
 def stage(bench: Bench, name: str, compute: Callable[[], Snapshot]) -> Snapshot:

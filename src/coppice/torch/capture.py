@@ -22,6 +22,7 @@ from coppice.torch import shapes
 from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, refs_in, translate
 from coppice.torch.decisions import Decision, decide, decides
 from coppice.torch.shapes import ShapeTensor, without_values
+from coppice.torch.timed import Timed, timed
 from coppice.torch.trees import (
     buffers_of,
     hears_of_its_mode,
@@ -110,6 +111,10 @@ class Origin:
         from coppice.torch.gradients import synaptic_flow
 
         return synaptic_flow(model, self.inputs)
+
+    def timed(self, coupling: Coupling) -> Timed:
+        """The ops of the model that a latency table times."""
+        return timed(coupling)
 
     def input_norms(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, NDArray[Any]]:
         """For each layer's weight, the root mean square of what each of its elements is multiplied with."""
