@@ -33,8 +33,13 @@ class Recovery:
 def nearest(candidates: Mapping[str, T], distance: Callable[[T], float], refitted: int, refused: str | None) -> tuple[T, Recovery]:
     """The candidate of the least distance; one that is not finite is never the least."""
     tried = {name: distance(candidate) for name, candidate in candidates.items()}
-    kept = min(tried, key=lambda name: tried[name] if math.isfinite(tried[name]) else math.inf)
+    kept = least(tried)
     return candidates[kept], Recovery(tuple(tried.items()), kept, refitted, refused)
+
+
+def least(distances: Mapping[str, float]) -> str:
+    """Which distance is the least, not counting those that are not finite."""
+    return min(distances, key=lambda name: distances[name] if math.isfinite(distances[name]) else math.inf)
 
 
 def divergence(answers: Array, dense: Array) -> float:

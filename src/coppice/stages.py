@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from coppice.errors import CoppiceError, UnreachableError
 from coppice.evaluate import evaluate, reestimate_batchnorm
 from coppice.forward import device_of
 from coppice.latency import LatencyModel, latency_model
-from coppice.mending import Recovery
+from coppice.mending import Recovery, least
 from coppice.metrics import Metrics
 from coppice.parallel import current
 from coppice.planning import Plan, compose, kept_widths
@@ -193,10 +192,10 @@ def _best_cut(
         )
         goal = outputs(model, images)
         distances = {cut.criterion: divergence(outputs(cut.model, images), goal) for cut in cuts}
-    best = min(cuts, key=lambda cut: distances[cut.criterion] if math.isfinite(distances[cut.criterion]) else math.inf)
+    best = least(distances)
     each = ", ".join(f"{criterion} {distance:.3f}" for criterion, distance in distances.items())
-    bench.progress.say(f"{name}: {best.criterion} it is; distance from the dense outputs on validation images: {each}")
-    return best
+    bench.progress.say(f"{name}: {best} it is; distance from the dense outputs on validation images: {each}")
+    return next(cut for cut in cuts if cut.criterion == best)
 
 
 def _cut_by(

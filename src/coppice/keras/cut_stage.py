@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,7 +21,7 @@ from coppice.keras.train import reestimate
 from coppice.keras.verify import verify
 from coppice.latency import LatencyModel, latency_model
 from coppice.linear import Array
-from coppice.mending import Recovery, divergence
+from coppice.mending import Recovery, divergence, least
 from coppice.planning import Plan, compose, kept_widths
 from coppice.saliency import Scores
 from coppice.snapshot import Snapshot
@@ -95,10 +94,10 @@ def _best_cut(
         images = of_one_shape(x for x, _ in sample(bench.data.val, JUDGED, bench.config.seed, BATCH))
         goal = scores_of(model, images)
         distances = {cut.criterion: divergence(scores_of(cut.model, images), goal) for cut in cuts}
-    best = min(cuts, key=lambda cut: distances[cut.criterion] if math.isfinite(distances[cut.criterion]) else math.inf)
+    best = least(distances)
     each = ", ".join(f"{criterion} {distance:.3f}" for criterion, distance in distances.items())
-    bench.progress.say(f"{name}: {best.criterion} it is; distance from the dense outputs on validation images: {each}")
-    return best
+    bench.progress.say(f"{name}: {best} it is; distance from the dense outputs on validation images: {each}")
+    return next(cut for cut in cuts if cut.criterion == best)
 
 
 def _cut_by(

@@ -27,7 +27,7 @@ class Program(Stepwise):
     def __init__(self, model: Any, batches: Sequence[NDArray[Any]], memory: int = MEMORY) -> None:
         graph = capture(model, batches[0])
         if len(graph.inputs) != 1:
-            raise CoppiceError(f"the model takes {len(graph.inputs)} inputs, repair works with one")
+            raise CoppiceError(f"the model takes {len(graph.inputs)} inputs, repair and what looks at activations work with one")
         self.model = model
         variables = variables_of(model)
         self._variables = {value.id: variables[value.names[0]] for value in graph.weights()}
