@@ -18,7 +18,7 @@ test: $(DEVELOP) $(KERAS)
 	$(BIN)/python -m pytest
 	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 .venv-keras/bin/python -m pytest tests/keras3
 	KERAS_BACKEND=jax .venv-keras/bin/python -m pytest tests/keras3/test_networks.py -k "cut_at_random or subclassed or pytorch"
-	KERAS_BACKEND=jax .venv-keras/bin/python -m pytest tests/keras3/test_training.py tests/keras3/test_repair.py tests/keras3/test_masks.py -k "goes_on or shrunk or nearer or stay_zero or growing or average"
+	KERAS_BACKEND=jax .venv-keras/bin/python -m pytest tests/keras3/test_training.py tests/keras3/test_repair.py tests/keras3/test_masks.py tests/keras3/test_schedules.py -k "goes_on or shrunk or nearer or stay_zero or growing or average or momentum"
 	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras3
 
 lint: $(DEVELOP)

@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from coppice.criteria import score
     from coppice.curves import sensitivity
     from coppice.errors import CoppiceError, VerificationError
-    from coppice.front_ends import apply, capture, export, hold_masks, mask, prune, regulariser, repair, verify
+    from coppice.front_ends import apply, capture, export, hold_masks, mask, prune, regulariser, repair, rewind, train_and_prune, verify
     from coppice.keras.functional import as_functional
     from coppice.masks import MaskRecipe
     from coppice.modules import removable
     from coppice.planning import Plan, remove, remove_modules
     from coppice.result import Result
     from coppice.run import load
-    from coppice.schedules import rewind, train_and_prune
     from coppice.sparse_file import load_sparse, save_sparse
     from coppice.timing import measure
     from coppice.torch.masking import take_in
@@ -51,12 +50,12 @@ _HOMES = {
     "remove": "coppice.planning",
     "remove_modules": "coppice.planning",
     "repair": "coppice.front_ends",
-    "rewind": "coppice.schedules",
+    "rewind": "coppice.front_ends",
     "save_sparse": "coppice.sparse_file",
     "score": "coppice.criteria",
     "sensitivity": "coppice.curves",
     "take_in": "coppice.torch.masking",
-    "train_and_prune": "coppice.schedules",
+    "train_and_prune": "coppice.front_ends",
     "verify": "coppice.front_ends",
 }
 

@@ -18,6 +18,8 @@ from coppice.targets import Target
 
 if TYPE_CHECKING:
     from coppice.exporting import ExportCheck
+    from coppice.recipe import Recipe
+    from coppice.stretches import Trained
     from coppice.verification import Verification
 
 
@@ -134,6 +136,31 @@ def regulariser(model: Any, coupling: Coupling, kind: str = "group-lasso", *, st
     from coppice.torch.regularise import regulariser as regulariser_torch
 
     return regulariser_torch(model, coupling, kind, steps=steps, **options)
+
+
+def rewind(pruned: Any, plan: Plan, model: Any, earlier: Any) -> Any:
+    """A copy of ``pruned`` whose weights have the values that they had earlier in the dense ``model``: a lottery ticket.
+
+    ``earlier``: a state dict of the PyTorch model, or what the Keras model's ``get_weights()`` gave.
+    """
+    if is_keras(model):
+        from coppice.keras.schedules import rewind as rewind_keras
+
+        return rewind_keras(pruned, plan, model, earlier)
+    from coppice.schedules import rewind as rewind_torch
+
+    return rewind_torch(pruned, plan, model, earlier)
+
+
+def train_and_prune(model: Any, data: Any, recipe: Recipe, target: Any, **options: Any) -> Trained:
+    """Train a copy of ``model`` and cut it on the way: `train_and_prune` of `coppice.schedules`, or of `coppice.keras.schedules`."""
+    if is_keras(model):
+        from coppice.keras.schedules import train_and_prune as train_keras
+
+        return train_keras(model, data, recipe, target, **options)
+    from coppice.schedules import train_and_prune as train_torch
+
+    return train_torch(model, data, recipe, target, **options)
 
 
 def verify(model: Any, pruned: Any, coupling: Coupling, plan: Plan) -> Verification:

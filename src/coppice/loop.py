@@ -45,7 +45,6 @@ from coppice.regularise_stage import regularised
 from coppice.result import Result
 from coppice.run import CONFIG, METRICS, PLAN, Run, check_manifest, check_out, create_run, load, opened, read_json, resume_run
 from coppice.schedule_stage import trained_and_cut
-from coppice.schedules import cut_epochs
 from coppice.seeding import seeded
 from coppice.snapshot import Snapshot
 from coppice.stages import (
@@ -61,6 +60,7 @@ from coppice.stages import (
     test_metrics,
     threads,
 )
+from coppice.stretches import cut_epochs
 from coppice.targets import Target, humanise, interpolate, parse_target
 from coppice.torch.capture import capture
 from coppice.tune_stage import tune

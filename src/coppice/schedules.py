@@ -8,9 +8,7 @@ needs no function: it is `coppice.train.fine_tune` on the cut model with the rec
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -26,23 +24,13 @@ from coppice.planning import Plan, compose
 from coppice.planning import make_plan as plan_that_keeps
 from coppice.recipe import Recipe
 from coppice.stages import example_input, preprocessing
-from coppice.targets import Target, parse_target
+from coppice.stretches import Trained, stretches
+from coppice.targets import Target
 from coppice.torch.apply import apply, load_exactly, slice_optimizer_state
 from coppice.torch.capture import capture
 from coppice.torch.verify import verify
 from coppice.train import EpochResult, choose, fine_tune, fitting, make_optimizer
 from coppice.verification import Verification
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The smaller model, the plan against the model that the training began with, every epoch with its seconds, and what was verified."""
-
-    model: nn.Module
-    plan: Plan
-    history: tuple[EpochResult, ...]
-    checks: tuple[str, ...]
-    max_error: float
 
 
 def train_and_prune(
@@ -67,29 +55,28 @@ def train_and_prune(
     weights (`recipe.ema`) begins anew after a cut. `checkpoint`: as for `fine_tune`, one file a part. CoppiceError where a share leaves no
     epoch before or after it, or a target can't be met.
     """
-    wanted = parse_target(target)
-    if not wanted or wanted.setting is not None:
-        raise CoppiceError("a cut in the midst of a training needs a target of MACs, parameters or bytes, such as macs=0.5")
-    ends = cut_epochs(at, recipe.epochs)
     now, history, checks, worst = copy.deepcopy(model), list[EpochResult](), list[str](), 0.0
     with joined(device_of(model).type):
         recipe = fitting(data, recipe)
+        coupling = couple(capture(now.cpu().eval(), (example_input(data),)))
+        whole = plan_that_keeps(coupling, {})
+        parts = stretches(target, at, recipe.epochs, coupling.cost())
+        now.to(device_of(model))
         if recipe.open:
             recipe = choose(now, data, recipe, teacher=teacher, plan=None, seed=seed)[0].recipe
-        coupling = couple(capture(now.cpu().eval(), (example_input(data),)))
-        dense, whole = coupling.cost(), plan_that_keeps(coupling, {})
-        optimizer = make_optimizer(now.to(device_of(model)), recipe)
-        for k, span in enumerate(itertools.pairwise([0, *ends, recipe.epochs])):
+        optimizer = make_optimizer(now, recipe)
+        for k, stretch in enumerate(parts):
             part = checkpoint.with_name(f"{checkpoint.stem}.{k}{checkpoint.suffix}") if checkpoint else None
             history += fine_tune(
-                now, data, recipe, teacher=teacher, plan=whole, seed=seed, on_epoch=on_epoch, span=span, optimizer=optimizer,
-                checkpoint=part,
+                now, data, recipe, teacher=teacher, plan=whole, seed=seed, on_epoch=on_epoch, span=(stretch.start, stretch.end),
+                optimizer=optimizer, checkpoint=part,
             )  # fmt: skip
-            if span[1] < recipe.epochs:
-                share = (k + 1) / len(ends)
-                budgets = {key: getattr(dense, key) * (b / getattr(dense, key)) ** share for key, b in wanted.resolve(dense).items()}
-                smaller, step, found = _cut(now, data, budgets, criterion, round_to, min_width, seed, calibration)
-                checks, worst = [*checks, *(f"cut after epoch {span[1]}: {line}" for line in found.checked)], max(worst, found.max_error)
+            if stretch.budgets is not None:
+                smaller, step, found = _cut(now, data, stretch.budgets, criterion, round_to, min_width, seed, calibration)
+                checks, worst = (
+                    [*checks, *(f"cut after epoch {stretch.end}: {line}" for line in found.checked)],
+                    max(worst, found.max_error),
+                )
                 fresh = make_optimizer(smaller.to(device_of(model)), recipe)
                 fresh.load_state_dict(slice_optimizer_state(optimizer, now, smaller, step))
                 now, optimizer, whole = smaller, fresh, compose(whole, step)
@@ -117,16 +104,6 @@ def _cut(
     step = current().first(planned)
     smaller = apply(model, step)
     return smaller, step, current().first(lambda: verify(model, smaller, coupling, step))
-
-
-def cut_epochs(at: Sequence[float], epochs: int) -> list[int]:
-    """After which epochs the cuts come. Raises CoppiceError unless there is an epoch before and after each."""
-    ends = [round(share * epochs) for share in at]
-    if not ends or sorted(set(ends)) != ends or ends[0] < 1 or ends[-1] >= epochs:
-        raise CoppiceError(
-            f"cuts after {', '.join(map(str, ends)) or 'none'} of {epochs} epochs: there must be an epoch before and after each"
-        )
-    return ends
 
 
 def rewind(pruned: nn.Module, plan: Plan, model: nn.Module, earlier: Mapping[str, Tensor]) -> nn.Module:

@@ -119,15 +119,20 @@ def compile_alike(model: Any, pruned: Any, plan: Plan) -> None:
     old = model.optimizer
     if old is None or not old.built:
         return
+    pruned.optimizer.build(pruned.trainable_variables)
+    carry_state(old, pruned.optimizer, model, plan)
+
+
+def carry_state(old: Any, new: Any, model: Any, plan: Plan) -> None:
+    """Give an optimiser, built over what ``plan`` makes of ``model``, the state of the one of ``model``, restricted to what stays."""
     names = {id(v): name for name, v in variables_of(model).items()}
     changed = plan.changed()
-    pruned.optimizer.build(pruned.trainable_variables)
-    for slot, new in zip(old.variables, pruned.optimizer.variables, strict=True):
+    for slot, fresh in zip(old.variables, new.variables, strict=True):
         array = numbers(slot)
-        if tuple(new.shape) != array.shape:
-            owner = _owner(slot, array.shape, model.trainable_variables)
+        if tuple(fresh.shape) != array.shape:
+            owner = _owner(slot, array.shape, model.weights)
             array = sliced(array, changed[names[id(owner)]])
-        new.assign(array)
+        fresh.assign(array)
 
 
 def _owner(slot: Any, shape: tuple[int, ...], variables: Sequence[Any]) -> Any:

@@ -28,6 +28,7 @@ from coppice.keras.finish import finish
 from coppice.keras.mask_stage import grown, masked
 from coppice.keras.masking import check_masks
 from coppice.keras.opening import open_model
+from coppice.keras.schedule_stage import trained_and_cut
 from coppice.keras.stages import SLACK, Bench, Parts, dense_step, example_shape, on_the_clock, regularised, tune
 from coppice.keras.train import check_recipe
 from coppice.keras.walk import function_of, require_plain
@@ -39,6 +40,7 @@ from coppice.progress import Progress, Silent
 from coppice.result import Result
 from coppice.run import KERAS, METRICS, PLAN, Run, check_manifest, check_out, create_run, read_json, resume_run
 from coppice.snapshot import Snapshot
+from coppice.stretches import cut_epochs
 from coppice.targets import Target, humanise, interpolate, parse_target
 
 _LATER = 0.5  # each further round of fine-tuning has half the learning rate
@@ -121,8 +123,10 @@ def check_settings(config: RunConfig) -> None:
         raise CoppiceError("nothing to reach: give --target, for example macs=0.5, or --max-drop, or both, or --sparsity")
     if not config.target and not config.masks:
         raise CoppiceError("--max-drop alone works on PyTorch models only: name the size as well, as in --target macs=0.5")
-    if config.depth or config.int8 or config.cut_after:
-        raise CoppiceError("--depth, --int8 and --cut-after work on PyTorch models only: leave them out")
+    if config.depth or config.int8:
+        raise CoppiceError("--depth and --int8 work on PyTorch models only: leave them out")
+    if config.cut_after:
+        cut_epochs(config.cut_after, config.recipe.epochs)
     check_masks(config.masks)
     check_recipe(config.recipe)
 
@@ -148,6 +152,8 @@ def _work(model: Any, data: Parts, run: Run, progress: Progress) -> Result[Any]:
 def _towards_target(bench: Bench, history: list[Snapshot]) -> Snapshot:
     """Regularise if asked to, cut and fine-tune to the target, then fine-tune again for as long as the floor is not held and it helps."""
     config, dense = bench.config, history[0]
+    if config.cut_after:
+        return _noted(bench, history, trained_and_cut(bench, "trained", dense))
     budgets, epochs, now = config.target.resolve(bench.cost), config.recipe.epochs, dense
     if config.regularise:
         before = -(-epochs // 2)  # as many epochs in all as without it

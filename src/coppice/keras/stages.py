@@ -46,6 +46,8 @@ class Parts:
 
     @classmethod
     def of(cls, data: Any) -> Parts:
+        if isinstance(data, cls):
+            return data
         if isinstance(data, KerasData):
             return cls(data.train, data.val, data.test, data.classes, data.mirror)
         if not isinstance(data, (tuple, list)) or len(data) != 3:
@@ -122,7 +124,7 @@ def trained(
 ) -> tuple[Recipe, list[Json]]:
     """Train ``model``, which is ``before``'s, in place by the run's recipe; a stage that was stopped goes on at the epoch it was in."""
     config = bench.config
-    recipe = _settled(bench, before, epochs, rate)
+    recipe = settled(bench, before, epochs, rate)
     bench.progress.say(f"{name}: fine-tuning for {epochs} epoch{'s' if epochs > 1 else ''}")
 
     def judge() -> tuple[float, float]:
@@ -157,10 +159,13 @@ def _teacher(bench: Bench, recipe: Recipe) -> Any:
     return build(bench.dense, None, weights_in(bench.dense)) if recipe.distill else None
 
 
-def _settled(bench: Bench, before: Snapshot, epochs: int, rate: float) -> Recipe:
-    """The run's recipe with its optimiser; an open one is rehearsed once a run, on the first model that is to be trained."""
+def settled(bench: Bench, before: Snapshot, epochs: int, rate: float = 1.0, taught: bool = True) -> Recipe:
+    """The run's recipe with its optimiser; an open one is rehearsed once a run, on the first model that is to be trained.
+
+    ``taught``: False where the dense model is no teacher, in the rehearsal neither.
+    """
     config = bench.config
-    recipe = replace(config.recipe, epochs=epochs)
+    recipe = replace(config.recipe, epochs=epochs, distill=config.recipe.distill if taught else 0.0)
 
     def work() -> Json:
         bench.progress.say("choosing an optimiser")

@@ -153,6 +153,8 @@ def fine_tune(
     teacher: Any = None,
     seed: int = 0,
     along: Along | None = None,
+    span: tuple[int, int] | None = None,
+    begun: Callable[[Any], None] = lambda optimizer: None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     enough: Callable[[Epoch], bool] = lambda epoch: False,
@@ -160,8 +162,10 @@ def fine_tune(
 ) -> list[Epoch]:
     """Train ``model`` in place for ``recipe.epochs``, judging each (top-1 and loss on validation images); an ``enough`` one is the last.
 
-    ``checkpoint``: written after every epoch (before ``on_epoch``); if it exists, the epochs that it holds are not repeated. ``along`` was
-    made for ``model`` as it is now. CoppiceError if the training diverges, or the checkpoint is of another run.
+    ``span``: only the epochs after the first number and up to the second; ``begun`` is called with the optimiser before any step, to give
+    it the state that it had in those before. ``checkpoint``: written after every epoch (before ``on_epoch``); if it exists, the epochs
+    that it holds are not repeated. ``along`` was made for ``model`` as it is now. CoppiceError if the training diverges, or the checkpoint
+    is of another run.
     """
     recipe = fitting(part, recipe)
     steps = steps_per_epoch(part, recipe)
@@ -170,11 +174,14 @@ def fine_tune(
         rates = Rates(recipe, steps)
         pupil.compile(optimizer=_optimizer(recipe, rates), loss=None)
         pupil.optimizer.build(pupil.trainable_variables)
+        begun(pupil.optimizer)
         if along is not None:
             along.joins(pupil.optimizer)
-        belongs = {"recipe": asdict(recipe), "seed": seed, "steps": steps}
+        first, last = span or (0, recipe.epochs)
+        belongs = {"recipe": asdict(recipe), "seed": seed, "steps": steps, "span": [first, last]}
         history = [] if checkpoint is None else _resumed(checkpoint, model, pupil.optimizer, belongs)
-        done = len(history) * steps
+        over = first + len(history)
+        done = over * steps
         if along is not None:
             along.done = done
         began = time.perf_counter()
@@ -195,7 +202,7 @@ def fine_tune(
             on_epoch(history[-1])
             return enough(history[-1])
 
-        data = _data(part, recipe, seed, mirror, len(history))
+        data = _data(part, recipe, seed, mirror, over)
         callbacks: list[Any] = [
             Epochwise(model, data, seed),
             Steps(done, steps * recipe.epochs, progress),
@@ -203,8 +210,8 @@ def fine_tune(
         ]
         if along is not None:
             callbacks.append(along)
-        if len(history) < recipe.epochs and not (history and enough(history[-1])):
-            epochs = {"initial_epoch": len(history), "epochs": recipe.epochs}
+        if over < last and not (history and enough(history[-1])):
+            epochs = {"initial_epoch": over, "epochs": last}
             pupil.fit(data, verbose=0, shuffle=False, callbacks=[*callbacks, Judge(told)], **epochs)
         if recipe.ema:
             take_average(pupil, statistics)
