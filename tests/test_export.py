@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +115,26 @@ def test_what_can_not_be_exported_is_one_sentence(images: Tensor, tmp_path: Path
     assert not list(tmp_path.iterdir())
     said = capfd.readouterr()
     assert said.out + said.err == ""
+
+
+def test_what_only_the_older_exporter_takes(images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It freezes what code decides on values: such a model stays refused (the test before), whatever the images."""
+    seen = []
+    export = torch.onnx.export
+
+    def watched(*args: Any, dynamo: bool, **kwargs: Any) -> Any:
+        seen.append(dynamo)
+        if dynamo:
+            raise RuntimeError("not this one")
+        return export(*args, dynamo=dynamo, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", watched)
+    assert export_onnx(Small().eval(), images, tmp_path / "m.onnx").error <= RTOL
+    assert seen == [True, False]
+    seen.clear()
+    with pytest.raises(ExportError, match="not this one"):
+        export_onnx(ByData().eval(), images, tmp_path / "n.onnx")
+    assert seen == [True]
 
 
 def test_a_file_that_is_no_model_is_one_sentence(model: nn.Module, images: Tensor, tmp_path: Path) -> None:

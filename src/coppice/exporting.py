@@ -78,7 +78,7 @@ def as_fp32(images: Tensor) -> Tensor:
 
 
 def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None = None) -> None:
-    """Write `model` with a dynamic batch, and compare nothing. Raises ExportError."""
+    """Write `model` with a dynamic batch, and compare nothing: by PyTorch's exporter, or else by its older one. Raises ExportError."""
     import torch
 
     try:
@@ -96,9 +96,32 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, opset: int | None 
             _leave_out_nothing(program.model.graph)
             program.save(path, external_data=False)
         except Exception as error:  # the exporter's own errors have no common base
-            raise ExportError(f"the model can't be exported to ONNX: {first_line(error) or said.getvalue()[:200]}") from error
+            if not _traced(model, example, path, opset):
+                raise ExportError(f"the model can't be exported to ONNX: {first_line(error) or said.getvalue()[:200]}") from error
     if opset is not None and (found := _opset(path)) != opset:  # the exporter keeps its own where it can't convert, and only logs that
         raise ExportError(f"opset {opset} can't be had: the exporter wrote {found}")
+
+
+def _traced(model: nn.Module, example: Tensor, path: Path, opset: int | None) -> bool:
+    """Whether PyTorch's older exporter writes the model, which copes with more code, as it writes down what runs.
+
+    What the code decides on values would be frozen in the file: such a model is left alone. What it decides on the size of the batch, a
+    comparison in batches of several sizes finds.
+    """
+    import torch
+
+    from coppice.torch.capture import capture, decisions_of
+
+    try:
+        if decisions_of(capture(model, example)):
+            return False
+        torch.onnx.export(
+            model, (example,), str(path), dynamo=False, opset_version=opset,
+            input_names=["input"], output_names=["output"], dynamic_axes={"input": {0: "batch"}},
+        )  # fmt: skip
+    except Exception:  # the exporter's own errors have no common base; what the newer one said is what a user can look up
+        return False
+    return True
 
 
 def _leave_out_nothing(graph: Any) -> None:
