@@ -31,7 +31,7 @@ from coppice.targets import humanise
 RESULTS = Path(__file__).parent / "results"
 TARGET, MAX_DROP = "macs=0.6", 2.0
 CALIBRATION = 1536  # images, as in bench/main_job.py: the more, the better the refits of a network of 2 M parameters
-TUNING = Recipe(epochs=3, batch_size=32, optimizer="adamw", freeze_norm=True, distill=0.9)  # what a rehearsal chooses here
+TUNING = Recipe(epochs=3, batch_size=32, optimizer="adamw", freeze_norm=True, distill=0.9)  # as a rehearsal chose for it
 
 
 class Said(Silent):
