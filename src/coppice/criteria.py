@@ -233,7 +233,7 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion(random, 0, Unit.AXIS),
 }
 AUTO = "auto"  # a setting, no criterion: cut by each of TRIED, repair, and keep what is nearest to the dense model on validation images
-TRIED = ("obs", "taylor", "fisher", "l1")
+TRIED = ("obs", "taylor", "fisher", "l2")
 
 
 def batch_of(criterion: str) -> int:

@@ -42,12 +42,15 @@ def least(distances: Mapping[str, float]) -> str:
     return min(distances, key=lambda name: distances[name] if math.isfinite(distances[name]) else math.inf)
 
 
-def divergence(answers: Array, dense: Array) -> float:
-    """How far ``answers`` are from the dense ones: KL of softened class probabilities for rows of scores, else relative squared error."""
+def divergence(answers: Array, dense: Array, temperature: float = TEMPERATURE) -> float:
+    """How far ``answers`` are from the dense ones: KL of softened class probabilities for rows of scores, else relative squared error.
+
+    ``temperature``: 1 tells more on images that the dense model was not trained on.
+    """
     if dense.ndim != 2 or dense.shape[1] < 2:
         return float(np.square(answers - dense).mean() / max(float(dense.var(ddof=1)), 1e-12))
-    p, q = (_log_softmax(z.astype(np.float64) / TEMPERATURE) for z in (dense, answers))
-    return float((np.exp(p) * (p - q)).sum() / len(p) * TEMPERATURE**2)
+    p, q = (_log_softmax(z.astype(np.float64) / temperature) for z in (dense, answers))
+    return float((np.exp(p) * (p - q)).sum() / len(p) * temperature**2)
 
 
 def _log_softmax(x: Array) -> Array:

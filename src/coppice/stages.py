@@ -191,7 +191,7 @@ def _best_cut(
             )
         )
         goal = outputs(model, images)
-        distances = {cut.criterion: divergence(outputs(cut.model, images), goal) for cut in cuts}
+        distances = {cut.criterion: divergence(outputs(cut.model, images), goal, temperature=1.0) for cut in cuts}
     best = least(distances)
     each = ", ".join(f"{criterion} {distance:.3f}" for criterion, distance in distances.items())
     bench.progress.say(f"{name}: {best} it is; distance from the dense outputs on validation images: {each}")

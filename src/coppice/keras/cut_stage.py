@@ -93,7 +93,7 @@ def _best_cut(
     with bench.progress.bar(f"{name}: comparing the criteria on validation images"):
         images = of_one_shape(x for x, _ in sample(bench.data.val, JUDGED, bench.config.seed, BATCH))
         goal = scores_of(model, images)
-        distances = {cut.criterion: divergence(scores_of(cut.model, images), goal) for cut in cuts}
+        distances = {cut.criterion: divergence(scores_of(cut.model, images), goal, temperature=1.0) for cut in cuts}
     best = least(distances)
     each = ", ".join(f"{criterion} {distance:.3f}" for criterion, distance in distances.items())
     bench.progress.say(f"{name}: {best} it is; distance from the dense outputs on validation images: {each}")

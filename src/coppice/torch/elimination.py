@@ -47,6 +47,6 @@ def drawn(seed: int) -> Draw:
     return draw
 
 
-def divergence(outputs: Tensor, dense: Tensor) -> float:
+def divergence(outputs: Tensor, dense: Tensor, temperature: float = mending.TEMPERATURE) -> float:
     """See `coppice.mending.divergence`."""
-    return mending.divergence(array_of(outputs), array_of(dense))
+    return mending.divergence(array_of(outputs), array_of(dense), temperature)
