@@ -1,7 +1,7 @@
 """What masks need of a model of either framework: scores of its single weights, the plan that holds the masks, when they grow.
 
 Criteria: magnitude; gradient magnitude; first-order Taylor (Molchanov et al., CVPR 2019); |w| times the norm of its input (Sun et al.,
-Wanda, ICLR 2024); at random. Two more go with what a front-end does to the weights: SparseGPT, and movement while the model trains.
+Wanda, ICLR 2024); at random. `coppice.sparsegpt` changes the weights that stay as well, and movement shows while a model trains.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import numpy as np
 
 from coppice.coupling import Coupling, Mask
 from coppice.errors import CoppiceError, VerificationError
+from coppice.linear import Model
 from coppice.masks import LOOKING, NOTHING, MaskRecipe, Site, choose, cubic, sites, sparsity
 from coppice.packed import PackedMask
 from coppice.planning import Plan, make_plan
 from coppice.run import Json
 from coppice.saliency import Array
+from coppice.sparsegpt import masked_by_obs
+from coppice.stepwise import of_one_shape
 from coppice.targets import humanise
 
 _UPDATES = 100  # of the masks while they grow
@@ -36,15 +39,15 @@ def sites_for(coupling: Coupling, recipe: MaskRecipe, batches: Iterable[Any] | N
     return where
 
 
-def masks_by_scores(
+def chosen(
     model: Any, coupling: Coupling, where: list[Site], recipe: MaskRecipe, batches: Iterable[Any] | None, seed: int
 ) -> dict[str, Mask]:
-    """The masks of the weights with the lowest scores of the recipe's criterion."""
-    return some(choose(weight_scores(model, coupling, where, recipe.criterion, batches or (), seed), where, recipe), recipe)
-
-
-def some(masks: dict[str, Mask], recipe: MaskRecipe) -> dict[str, Mask]:
-    """These masks. CoppiceError if there are none."""
+    """The masks of the weights with the lowest scores by the recipe's criterion; `sparsegpt` changes the others in place."""
+    if recipe.criterion == "sparsegpt":
+        here = coupling.graph.origin.recorded(model, of_one_shape(x for x, _ in batches or ()))
+        masks = masked_by_obs(here, where, recipe, seed)
+    else:
+        masks = choose(weight_scores(model, coupling, where, recipe.criterion, batches or (), seed), where, recipe)
     if not masks:
         raise CoppiceError(f"no weight has an input dim that divides into groups for {recipe.nm}: give a sparsity instead")
     return masks
@@ -63,7 +66,7 @@ def weight_scores(
     if criterion == "magnitude":
         return {name: np.abs(weight) for name, weight in weights.items()}
     if criterion == "wanda":
-        norms = origin.input_norms(model, batches)
+        norms = input_norms(origin.recorded(model, of_one_shape(x for x, _ in batches)))
         return {name: np.abs(weight) * norms.get(name, np.float32(1)) for name, weight in weights.items()}
     totals = {name: np.zeros(weight.shape) for name, weight in weights.items()}
     for pairs in origin.gradients(model, batches, None):
@@ -71,6 +74,22 @@ def weight_scores(
             weight, slope = pairs[name]
             totals[name] += np.abs(slope) if criterion == "gradient" else np.square(weight * slope)
     return totals
+
+
+def input_norms(model: Model) -> dict[str, Array]:
+    """For each layer's weight, the root mean square of what each of its elements is multiplied with; of the weight's shape."""
+    found = {}
+    for layer in model.layers:
+        model.program.advance(layer.index)
+        shape = model.program.values[layer.output].shape
+        at = np.arange(layer.positions(shape))
+        squares = [
+            np.square(layer.features(model.array(layer.input, k), at, shape)).mean(1, dtype=np.float64) for k in range(model.program.active)
+        ]
+        norms = np.sqrt(np.mean(squares, axis=0))
+        spread = np.broadcast_to(norms[:, None, :], layer.matrix().shape)
+        found[layer.weight] = layer.changed(np.ascontiguousarray(spread), None)[layer.weight]
+    return found
 
 
 def plan_of(coupling: Coupling, masks: Mapping[str, Mask]) -> Plan:

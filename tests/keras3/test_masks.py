@@ -236,9 +236,48 @@ def test_masks_alone_that_grow_in_python() -> None:
     assert all(not weights[name][~found].any() for name, found in unpacked(result.plan).items())
 
 
-def test_what_pytorch_models_alone_are_masked_by(tmp_path: Path) -> None:
-    model = small_net()
-    with pytest.raises(CoppiceError, match="wanda work on PyTorch models only"):
-        coppice.mask(model, coupled(model, (1, 8, 8, 1)), MaskRecipe(0.5, criterion="wanda"), [])
+def test_wanda_is_the_weight_times_the_norm_of_its_input() -> None:
+    model = many()
+    coupling, batches = coupled(model), some_batches()
+    scores, weights = weight_scores(model, coupling, sites(coupling)[0], "wanda", batches, 0), weights_in(model)
+    x = np.concatenate([x for x, _ in batches])
+
+    def before(name: str) -> Any:
+        return keras.ops.convert_to_numpy(keras.Model(model.inputs[0], model.get_layer(name).input)(x))
+
+    norms = np.sqrt(np.square(before("grouped")).mean((0, 1, 2))).reshape(2, 8)  # a pointwise convolution in two groups of four outputs
+    by_group = np.repeat(norms, 4, axis=0).T
+    assert np.allclose(scores["grouped/kernel"][0, 0], np.abs(weights["grouped/kernel"][0, 0]) * by_group, rtol=1e-4)
+    norms = np.sqrt(np.square(before("fc")).mean(0))
+    assert np.allclose(scores["fc/kernel"], np.abs(weights["fc/kernel"]) * norms[:, None], rtol=1e-4)
+    norms = np.sqrt(np.square(before("both")).mean(0))
+    assert np.allclose(scores["both/kernel"], np.abs(weights["both/kernel"]) * norms[:, :, None], rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [MaskRecipe(0.6, criterion="sparsegpt"), MaskRecipe(nm="2:4", criterion="sparsegpt")])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.Dense(12), lambda: layers.Conv2D(12, 3, groups=2, strides=2, padding="same"),
+        lambda: layers.EinsumDense("nhwc,cab->nhwab", output_shape=(6, 6, 3, 4)),
+    ],
+)  # fmt: skip
+def test_what_stays_makes_good_what_goes(layer: Any, recipe: MaskRecipe) -> None:
+    """On inputs whose channels say much of each other."""
+    model = keras.Sequential([keras.Input((6, 6, 16)), layer()])
+    coupling, generator = coupled(model, (1, 6, 6, 16)), np.random.default_rng(1)
+    mixed = generator.standard_normal((6, 16)) / 2
+    batches = []
+    for _ in range(4):
+        x = generator.standard_normal((16, 6, 6, 6)) @ mixed + 0.1 * generator.standard_normal((16, 6, 6, 16))
+        batches.append((x.astype("float32"), np.zeros(16)))
+    updated, plan = coppice.mask(model, coupling, recipe, batches)
+    plain = coppice.apply(model, plan)  # the same masks, the weights that stay as they were
+    want, found, without = (np.concatenate([keras.ops.convert_to_numpy(m(x)) for x, _ in batches]) for m in (model, updated, plain))
+    assert np.square(found - want).mean() < 0.8 * np.square(without - want).mean()
+    assert all(not weights_in(updated)[name][~mask].any() for name, mask in unpacked(plan).items())
+
+
+def test_what_pytorch_models_alone_are_masked_by() -> None:
     with pytest.raises(CoppiceError, match="movement work on PyTorch models only"):
-        coppice.prune(model, load_images("digits", Preprocess()), masks=MaskRecipe(0.5, criterion="movement", schedule="cubic"))
+        coppice.prune(small_net(), load_images("digits", Preprocess()), masks=MaskRecipe(0.5, criterion="movement", schedule="cubic"))

@@ -22,6 +22,7 @@ from coppice.keras.apply import UNKNOWN
 from coppice.keras.common_ops import NoRuleError, Translate
 from coppice.keras.tape import Binding, Tape, Traced
 from coppice.keras.walk import function_of, is_plain, layers_of, numbers, require_plain, variables_of
+from coppice.linear import Model
 
 Pairs = dict[str, tuple[NDArray[Any], NDArray[Any]]]
 
@@ -68,8 +69,11 @@ class Origin:
     def timed(self, coupling: Coupling) -> None:
         """A Keras model's ops are not timed one by one: its runtimes don't tell what they take."""
 
-    def input_norms(self, model: Any, batches: Iterable[Any]) -> dict[str, NDArray[Any]]:
-        raise CoppiceError("masks by wanda work on PyTorch models only: choose magnitude, gradient, taylor or random")
+    def recorded(self, model: Any, batches: Sequence[Any]) -> Model:
+        """``model`` on these inputs, as the framework-free code sees it."""
+        from coppice.keras.linear import Recorded
+
+        return Recorded(model, batches)
 
     def activation_scores(self, model: Any, coupling: Coupling, batches: Iterable[Any], statistic: str) -> dict[int, NDArray[Any]]:
         """A statistic (``coppice.activations``) of each index of each prunable axis."""

@@ -15,29 +15,28 @@ from keras import ops
 
 from coppice.coupling import Coupling, Mask
 from coppice.errors import CoppiceError
-from coppice.keras.apply import build, compile_alike, weights_in, zeroed
+from coppice.keras.apply import build, compile_alike, weights_in
 from coppice.keras.callbacks import Along
 from coppice.keras.walk import assign, numbers, variables_of
-from coppice.masking import due, fitting, masks_by_scores, plan_of, sites_for
+from coppice.masking import chosen, due, fitting, plan_of, sites_for
 from coppice.masks import MaskRecipe, Site, choose, cubic
 from coppice.planning import Plan
-
-ELSEWHERE = ("sparsegpt", "movement", "wanda")  # criteria that PyTorch models alone have
 
 
 def check_masks(recipe: MaskRecipe) -> None:
     """CoppiceError for what only PyTorch models can be masked by."""
-    if recipe.criterion in ELSEWHERE:
-        raise CoppiceError(f"masks by {recipe.criterion} work on PyTorch models only: choose magnitude, gradient, taylor or random")
+    if recipe.criterion == "movement":
+        raise CoppiceError("masks by movement work on PyTorch models only: let them grow by magnitude")
 
 
 def mask(model: Any, coupling: Coupling, recipe: MaskRecipe, batches: Iterable[Any] | None = None, seed: int = 0) -> tuple[Any, Plan]:
     """What `coppice.mask` says."""
     check_masks(recipe)
-    plan = plan_of(coupling, masks_by_scores(model, coupling, sites_for(coupling, recipe, batches), recipe, batches, seed))
-    masked = build(model, None, zeroed(weights_in(model), plan))
-    compile_alike(model, masked, plan)
-    return masked, plan
+    where, masked = sites_for(coupling, recipe, batches), build(model, None, weights_in(model))
+    compile_alike(model, masked, plan_of(coupling, {}))
+    masks = chosen(masked, coupling, where, recipe, batches, seed)
+    _zero(masked, masks)
+    return masked, plan_of(coupling, masks)
 
 
 class Hold:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from coppice.coupling import Coupling
 from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, ModuleCall, Op, Value
+from coppice.linear import Model
 from coppice.torch import shapes
 from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, refs_in, translate
 from coppice.torch.decisions import Decision, decide, decides
@@ -116,11 +117,11 @@ class Origin:
         """The ops of the model that a latency table times."""
         return timed(coupling)
 
-    def input_norms(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, NDArray[Any]]:
-        """For each layer's weight, the root mean square of what each of its elements is multiplied with."""
-        from coppice.torch.masking import input_norms
+    def recorded(self, model: nn.Module, batches: Sequence[Any]) -> Model:
+        """``model`` on these inputs, as the framework-free code sees it."""
+        from coppice.torch.linear import Recorded
 
-        return input_norms(model, batches)
+        return Recorded(model, batches)
 
     def activation_scores(self, model: nn.Module, coupling: Coupling, batches: Iterable[Tensor], statistic: str) -> dict[int, NDArray[Any]]:
         """A statistic (``coppice.activations``) of each index of each prunable axis."""

@@ -1,7 +1,6 @@
 """Masks on a PyTorch model: made, held through training or growing with it, and taken in where others have made them.
 
-Criteria beside those of `coppice.masking`: movement while the model trains (Sanh et al., Movement Pruning, NeurIPS 2020), and w^2 over the
-inverse Hessian's diagonal, with the other weights updated (Frantar and Alistarh, SparseGPT, ICML 2023; see `coppice.torch.sparsegpt`).
+One criterion more than `coppice.masking` has: movement while the model trains (Sanh et al., Movement Pruning, NeurIPS 2020).
 """
 
 from __future__ import annotations
@@ -15,49 +14,21 @@ from torch import Tensor, nn
 
 from coppice.coupling import Coupling, Mask
 from coppice.errors import CoppiceError
-from coppice.masking import due, masks_by_scores, plan_of, sites_for, some
+from coppice.masking import chosen, due, plan_of, sites_for
 from coppice.masks import MaskRecipe, Site, choose
 from coppice.planning import Plan
-from coppice.saliency import Array
 from coppice.torch.apply import zero
-from coppice.torch.layers import find_layers
-from coppice.torch.program import Program, of_one_shape
-from coppice.torch.sparsegpt import masked_by_obs
 from coppice.torch.trees import named_tensors
 
 
 def mask(
     model: nn.Module, coupling: Coupling, recipe: MaskRecipe, batches: Iterable[tuple[Tensor, Tensor]] | None = None, seed: int = 0
 ) -> tuple[nn.Module, Plan]:
-    """What `coppice.mask` says. With `sparsegpt` the weights that stay are changed too, to make good what goes."""
-    where = sites_for(coupling, recipe, batches)
-    masked = copy.deepcopy(model)
-    if recipe.criterion == "sparsegpt":
-        masks = some(masked_by_obs(masked, where, recipe, of_one_shape(x for x, _ in batches or ()), seed), recipe)
-    else:
-        masks = masks_by_scores(model, coupling, where, recipe, batches, seed)
+    """What `coppice.mask` says."""
+    where, masked = sites_for(coupling, recipe, batches), copy.deepcopy(model)
+    masks = chosen(masked, coupling, where, recipe, batches, seed)
     zero(masked, masks)
     return masked, plan_of(coupling, masks)
-
-
-def input_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Array]:
-    """For each layer's weight, the root mean square of what each of its elements is multiplied with; of the weight's shape."""
-    program = Program(model, of_one_shape(x for x, _ in batches))
-    tensors = named_tensors(model)
-    found = {}
-    for layer in find_layers(program):
-        program.advance(layer.index)
-        squares = []
-        for k in range(program.active):
-            x = program.value(layer.input, k)
-            program_shape = program.values[layer.output].shape
-            at = torch.arange(layer.positions(program_shape))
-            squares.append(layer.features(x, at, program_shape[2:]).square().mean(1, dtype=torch.float64))
-        norms = torch.stack(squares).mean(0).sqrt()
-        like = tensors[layer.weight].detach()
-        matrix = norms[:, None, :].expand_as(layer.matrix(like))
-        found[layer.weight] = layer.weight_from(matrix.contiguous(), like).numpy()
-    return found
 
 
 # --- through training -----------------------------------------------------------------------------------------------
