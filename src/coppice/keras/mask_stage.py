@@ -19,7 +19,7 @@ from coppice.masks import MaskRecipe, sites
 from coppice.planning import Plan, compose
 from coppice.recipe import described
 from coppice.snapshot import Snapshot
-from coppice.stepwise import of_one_shape
+from coppice.stepwise import is_held_out, of_one_shape
 
 
 def masked(bench: Bench, name: str, before: Snapshot, recipe: MaskRecipe) -> Snapshot:
@@ -32,7 +32,8 @@ def masked(bench: Bench, name: str, before: Snapshot, recipe: MaskRecipe) -> Sna
             batches = list(sample(bench.data.train, config.calibration, config.seed, BATCH))
             found, step = mask(model, coupling, recipe, batches, config.seed)
             images = of_one_shape(x for x, _ in batches)
-            recovery = recover(bench.dense, found, coupling, step, images, lambda cut: reestimate(cut, images), refit=False)
+            fitted = [x for k, x in enumerate(images) if not is_held_out(k)]
+            recovery = recover(bench.dense, found, coupling, step, images, lambda cut: reestimate(cut, fitted), refit=False)
         said = {"recovery": asdict(recovery) | {"criterion": f"masks by {recipe.criterion}"}}
         return _noted(bench, name, before, found, coupling, step, recipe, said)
 
