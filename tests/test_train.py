@@ -207,7 +207,7 @@ def test_users_own_loaders(digits):
         assert evaluate(model, digits.test, digits.preprocess).top1 > 80
         return bits(model), untimed(history)
 
-    assert trained(0) == trained(0) == trained(2)  # shuffled, by the epoch's seed
+    assert trained(0) == trained(0) == trained(1)  # shuffled, by the epoch's seed
 
 
 @pytest.mark.parametrize(("train", "words"), [(iter([]), "has no length"), ([], "is empty")])
