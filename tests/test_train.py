@@ -200,6 +200,7 @@ def test_the_measured_precision_is_kept_by_a_resumed_run(digits, tmp_path, monke
     assert bits(resumed) == bits(expected)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # what PyTorch says of two processes on one core
 def test_users_own_loaders(digits):
     def trained(workers):
         model = small_net()
@@ -207,7 +208,7 @@ def test_users_own_loaders(digits):
         assert evaluate(model, digits.test, digits.preprocess).top1 > 80
         return bits(model), untimed(history)
 
-    assert trained(0) == trained(0) == trained(1)  # shuffled, by the epoch's seed
+    assert trained(0) == trained(0) == trained(2)  # shuffled, by the epoch's seed
 
 
 @pytest.mark.parametrize(("train", "words"), [(iter([]), "has no length"), ([], "is empty")])
