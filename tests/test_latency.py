@@ -86,6 +86,15 @@ def test_every_kind_of_op_is_timed(runtime: str) -> None:
     assert all(seconds > 0 for seconds in time_ops(runtime, 1, OPS))
 
 
+def test_an_op_faster_than_the_clock_is_timed_all_the_same() -> None:
+    assert microbench._by_op({"op0_a": [2e-6, 1e-6], "op0_b": [3e-6], "op1_a": [1e-6, 0.0]}, 2) == [4e-6, microbench.HALF_A_TICK]
+
+
+def test_an_op_that_the_runtime_is_silent_about_is_an_error() -> None:
+    with pytest.raises(CoppiceError, match="does not tell what each single op takes"):
+        microbench._by_op({"op0_a": [1e-6], "other": [1e-6]}, 2)
+
+
 def test_ops_that_differ_have_different_keys() -> None:
     assert len({op.key() for op in OPS}) == len(OPS)
     assert OPS[0].key() == OPS[0].at(OPS[0].sizes).key() != OPS[0].at((2, 1, 8, 8)).key()
