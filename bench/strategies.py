@@ -1,7 +1,8 @@
 """Every classical strategy on ResNet-20 and CIFAR-10 at equal epochs: `python bench/strategies.py --out FILE.json`.
 
 Parts: `structured`, half the MACs; `masks`, 90 % zeros; `2:4`; and `scratch`, a training from random weights that is cut after
-a third of its epochs, beside the same training with the cut (and a fine-tuning of a sixth of the epochs) after it. In the first three every
+a third of its epochs, beside the same training with the cut (and a fine-tuning of a sixth of the epochs) after it, and that with a group
+lasso over its last two thirds. In the first three every
 strategy has `--epochs` in all (`combined`: after the cut and after the masks), the dense model as the teacher, and no round more; random
 choices are the control. Seconds are the process's on one thread, whoever shares its core, of the whole row (scoring, cutting, repairing,
 training, validating and the test), bytes those of the file (the sparse one, where weights are masked), milliseconds those of
@@ -40,7 +41,8 @@ from coppice.models import load_model
 from coppice.recipe import Recipe
 from coppice.run import MODEL, SPARSE
 from coppice.stages import threads
-from coppice.train import fine_tune
+from coppice.torch.regularise import Regulariser
+from coppice.train import fine_tune, make_optimizer, steps_per_epoch
 
 SEEDS = (0, 1, 2)
 CUT = "macs=0.5"
@@ -121,15 +123,28 @@ def cut_early(bench: Bench, seed: int) -> Row:
     return _from_scratch(bench, found.model, began) | {"epoch_seconds": [round(result.seconds, 1) for result in found.history]}
 
 
-def cut_late(bench: Bench, seed: int) -> Row:
+def cut_late(bench: Bench, seed: int, regularise: str = "", **given: Any) -> Row:
     """The whole training, the cut as `coppice prune` makes it, and a sixth of the epochs after it."""
     began = time.process_time()
     torch.manual_seed(seed)
     model = bench.fresh()
-    fine_tune(model, bench.data, bench.scratch_recipe, seed=seed)
-    recipe = replace(bench.recipe, epochs=max(1, bench.settings.scratch_epochs // 6))
-    found = coppice.prune(model, bench.data, CUT, recipe=recipe, rounds=1, seed=seed, threads=1, calibration=bench.settings.calibration)
+    epochs, recipe = bench.settings.scratch_epochs, bench.scratch_recipe
+    settled = epochs // 3 if regularise else epochs
+    optimizer = make_optimizer(model, recipe)
+    train = partial(fine_tune, model, bench.data, recipe, seed=seed, optimizer=optimizer)
+    train(span=(0, settled))
+    if regularise:
+        train(span=(settled, epochs), along=_regulariser(bench, model, regularise, epochs - settled))
+    recipe = replace(bench.recipe, epochs=max(1, epochs // 6))
+    options = {"rounds": 1, "seed": seed, "threads": 1, "calibration": bench.settings.calibration, **given}
+    found = coppice.prune(model, bench.data, CUT, recipe=recipe, **options)
     return _from_scratch(bench, found.model, began)
+
+
+def _regulariser(bench: Bench, model: nn.Module, kind: str, epochs: int) -> Regulariser:
+    coupling = coppice.couple(coppice.capture(model.eval(), torch.zeros(2, *bench.data.input_shape)))
+    steps = epochs * steps_per_epoch(bench.data, bench.scratch_recipe)
+    return coppice.regulariser(model, coupling, kind, steps=steps, target={"macs": 0.5 * coupling.cost().macs})
 
 
 def _from_scratch(bench: Bench, model: nn.Module, began: float) -> Row:
@@ -165,7 +180,9 @@ def strategies() -> Iterator[tuple[str, str, Strategy]]:
         yield "2:4", criterion, partial(masked, nm="2:4", criterion=criterion)
     yield "combined", "half the MACs, then 80 % zeros", partial(cut, masks=MaskRecipe(0.8))
     yield "scratch", "cut after a third of the epochs", cut_early
-    yield "scratch", "cut after the training", cut_late
+    yield "scratch", "cut after the training, default", cut_late
+    yield "scratch", "cut after the training, magnitude", partial(cut_late, **magnitude)
+    yield "scratch", "trained with group lasso, then magnitude", partial(cut_late, regularise="group-lasso", **magnitude)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
