@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from coppice.augment import augment_batch, make_augmentation, make_mix, repeats
+from coppice.augment import augment_batch, make_augmentation, make_mix
 from coppice.data import batches, check_classes, load_data, raw_batches, sample_batches
 from coppice.errors import CoppiceError
 from coppice.preprocess import Preprocess
-from coppice.recipe import PRESETS, augmentations
+from coppice.recipe import PRESETS, augmentations, repeats
 from coppice.seeding import derive_seed, seeded
 
 

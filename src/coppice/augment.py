@@ -62,11 +62,6 @@ def make_mix(name: str, classes: int) -> Mix | None:
     return mix
 
 
-def repeats(name: str) -> int:
-    """How often an image is in a batch, each time augmented otherwise. Hoffer et al., Augment Your Batch, CVPR 2020."""
-    return next((int(step.removeprefix("repeat")) for step in augmentations(name) if step.startswith("repeat")), 1)
-
-
 def augment_batch(
     images: Tensor, transform: Callable[[Tensor], Tensor], seed: int, epoch: int, step: int, rows: Sequence[int] | None = None, of: int = 0
 ) -> Tensor:

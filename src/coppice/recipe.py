@@ -109,6 +109,11 @@ def augmentations(text: str, images: int = 0) -> tuple[str, ...]:
     return found
 
 
+def repeats(text: str) -> int:
+    """How often an image is in a batch, each time augmented otherwise. Hoffer et al., Augment Your Batch, CVPR 2020."""
+    return next((int(step.removeprefix("repeat")) for step in augmentations(text) if step.startswith("repeat")), 1)
+
+
 def described(recipe: Recipe) -> str:
     """The optimiser in words."""
     name = "AdamW" if recipe.optimizer == "adamw" else "SGD"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from coppice.along import Along
-from coppice.augment import augment_batch, make_augmentation, make_mix, repeats
+from coppice.augment import augment_batch, make_augmentation, make_mix
 from coppice.candidates import Rehearsed, rehearsal_steps
 from coppice.checkpoint import load_facts, load_state, save_checkpoint
 from coppice.data import ImageData, Loaders, raw_batches, sample_batches
@@ -34,7 +34,7 @@ from coppice.forward import device_of, forward, norms_with_statistics, pick_prec
 from coppice.loaders import Batch, loader_batches
 from coppice.parallel import World, current, joined
 from coppice.planning import Plan
-from coppice.recipe import Recipe, augmentations
+from coppice.recipe import Recipe, augmentations, repeats
 from coppice.rehearsal import rehearse
 from coppice.seeding import generator, seeded
 from coppice.torch.whole_batch import WholeBatch, check_alike, variance

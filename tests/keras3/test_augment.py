@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 
 from coppice.keras import augment
-from coppice.recipe import PRESETS
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (120, 100, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", ["light", "standard"])
+@pytest.mark.parametrize("name", ["light", "standard", "strong", "trivialaugment"])
 @pytest.mark.parametrize("shape", [(8, 8, 1), (32, 32, 3), (120, 100, 3)])
 def test_images_keep_their_shape_and_kind(name: str, shape: tuple[int, int, int]) -> None:
     images = RNG.integers(0, 256, (12, *shape), dtype=np.uint8)
     transform = augment.make_augmentation(name, shape)
     assert transform is not None
-    assert set(PRESETS[name]) <= set(augment.AUGMENTATIONS)
     found, again = (transform(np.random.default_rng(3), images) for _ in range(2))
     assert found.shape == images.shape
     assert found.dtype == np.uint8
@@ -53,6 +51,37 @@ def test_the_numbers_are_torchvisions() -> None:
         near(augment.saturation(IMAGE, factor), functional.adjust_saturation(image, factor))
     cropped = functional.resized_crop(image, 10, 20, 90, 70, [120, 100], antialias=True)
     near(augment.resized(IMAGE, (20, 10, 90, 100)), cropped)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_op_of_randaugment_is_torchvisions(channels: int, wide: bool) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    from PIL import Image
+    from torchvision.transforms import InterpolationMode, v2
+
+    from coppice.keras.randaugment import OPS, RAND_OPS, RAND_STRENGTH, STRONGEST
+
+    theirs = v2.TrivialAugmentWide() if wide else v2.RandAugment()
+    assert list(theirs._AUGMENTATION_SPACE) == list(OPS)
+    assert theirs.num_magnitude_bins == STRONGEST + 1
+    assert wide or (theirs.num_ops, theirs.magnitude) == (RAND_OPS, RAND_STRENGTH)
+    image = Image.fromarray(IMAGE[..., 0] if channels == 1 else IMAGE)
+    for name, (amounts, signed) in theirs._AUGMENTATION_SPACE.items():
+        known = amounts(STRONGEST + 1, image.height, image.width)
+        assert OPS[name].signed == signed
+        for strength in (0, 7, 30):
+            amount = OPS[name].amount(strength, wide, image.size)
+            if known is not None and name != "Posterize":
+                assert amount == pytest.approx(float(known[strength]), abs=1e-5)
+            for way in (1, -1) if signed else (1,):
+                wanted = 0.0 if known is None else way * float(known[strength])
+                found = theirs._apply_image_or_video_transform(image, name, wanted, InterpolationMode.NEAREST, {Image.Image: None})
+                # Their rows are in single precision, so a pixel on a border may come from the next one.
+                off = np.asarray(OPS[name].do(image, way * amount)) != np.asarray(found)
+                assert off.mean() < 0.02, (name, strength, way)
+    assert torch.is_tensor(known) or known is None
 
 
 def test_the_share_of_the_area_is_torchvisions() -> None:

@@ -83,8 +83,7 @@ BAD = {
     "there is no model file": ["--model", "none.keras", "--data", "digits", "--target", "macs=0.5"],
     "PyTorch models only": ["--data", "digits", "--target", "macs=0.5", "--depth"],
     "nothing to reach": ["--data", "digits"],
-    "--label-smoothing works on PyTorch": ["--data", "digits", "--target", "macs=0.5", "--label-smoothing", "0.1"],
-    "randaugment works on PyTorch": ["--data", "digits", "--target", "macs=0.5", "--augment", "strong"],
+    "--features works on PyTorch": ["--data", "digits", "--target", "macs=0.5", "--features", "0.1"],
     "can't be reached": ["--data", "digits", "--target", "macs=0.0001"],
     "there is no data": ["--data", "nowhere", "--target", "macs=0.5"],
 }

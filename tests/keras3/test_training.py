@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from coppice.keras.callbacks import Along, Rates
 from coppice.keras.data import load_images
 from coppice.keras.evaluate import evaluate
 from coppice.keras.loop import prune
-from coppice.keras.train import Epoch, Epochs, Pupil, fine_tune
+from coppice.keras.train import Epoch, Epochs, Pupil, fine_tune, fitting
 from coppice.preprocess import Preprocess
 from coppice.progress import Silent
-from coppice.recipe import Recipe
+from coppice.recipe import PRESETS, Recipe
 from coppice.shrinking import NEAR_ZERO
 
 RECIPE = Recipe(epochs=3, batch_size=64, lr=0.05, optimizer="sgd", augment="light")
@@ -151,6 +152,40 @@ def test_the_loss_of_mixed_images_is_that_of_shares_of_classes(loss: str | None)
         net, train, Recipe(epochs=1, batch_size=64, augment="crop+mixup+cutmix", lr=0.01), mirror=False, judge=lambda: (0.0, 0.0)
     )
     assert 0 < history[0].train_loss < 10
+
+
+@pytest.mark.parametrize("loss", ["sparse_categorical_crossentropy", None])
+def test_smoothed_labels_are_kerass(loss: str | None) -> None:
+    train, _ = small_data()
+    net = small_net()
+    if loss is not None:
+        net.compile("sgd", loss)
+    x, y = Epochs(train, RECIPE, 1, mirror=False)[0]
+    outputs = net.predict_on_batch(x)
+    want = keras.losses.CategoricalCrossentropy(label_smoothing=0.2)(np.eye(10, dtype=np.float32)[y], outputs)
+    found = Pupil(net, None, replace(RECIPE, label_smoothing=0.2)).compute_loss(x=x, y=y, y_pred=outputs)
+    assert float(found) == pytest.approx(float(want), rel=1e-4)
+
+
+def test_labels_of_two_answers_are_not_smoothed() -> None:
+    net = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(1, activation="sigmoid")])
+    with pytest.raises(CoppiceError, match="--label-smoothing is for models that end with a softmax"):
+        Pupil(net, None, replace(RECIPE, label_smoothing=0.1))
+
+
+def test_repeated_images_are_in_one_batch() -> None:
+    train, _ = small_data()
+    recipe = Recipe(epochs=1, batch_size=16, augment="repeat4")
+    x, y = Epochs(train, recipe, 1, mirror=False)[0]
+    assert len(y) == 16
+    assert len(np.unique(x.reshape(16, -1), axis=0)) == 4
+    assert (y.reshape(4, 4) == y.reshape(4, 4)[:, :1]).all()
+
+
+def test_augmentation_goes_by_the_number_of_images() -> None:
+    train, _ = small_data()
+    assert fitting(train, replace(RECIPE, augment="auto")).augment == "+".join(PRESETS["strong"])
+    assert fitting(train, replace(RECIPE, augment="none")).augment == "none"
 
 
 def test_enough_is_enough() -> None:

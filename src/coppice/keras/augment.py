@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from coppice.recipe import augmentations
 
-AUGMENTATIONS = ("crop", "flip", "colour", "erasing", "mixup", "cutmix")
 SMALL = 96  # up to this many pixels a shift is the field's habit; above, a rescaled crop
 _AREA, _RATIO = (0.7, 1.0), (0.8, 1.25)  # of a rescaled crop
 _ERASED, _ERASED_AREA, _ERASED_RATIO = 0.25, (0.02, 0.33), (0.3, 3.3)
@@ -38,6 +37,8 @@ def make_augmentation(name: str, shape: tuple[int, int, int], *, pad: int | None
         "crop": partial(shifted, height // 8 if pad is None else pad) if small else rescaled_crop,
         "flip": flipped,
         "colour": jittered,
+        "randaugment": partial(_by_pillow, "rand_augmented"),
+        "trivialaugment": partial(_by_pillow, "trivially_augmented"),
         "erasing": erased,
     }
     steps = [known[step] for step in augmentations(name) if step in known and (mirror or step != "flip")]
@@ -51,6 +52,13 @@ def _batch(steps: list[One], rng: np.random.Generator, images: Array) -> Array:
             one = step(rng, one)
         out[k] = one
     return out
+
+
+def _by_pillow(name: str, rng: np.random.Generator, image: Array) -> Array:
+    from coppice.keras import randaugment
+
+    found: Array = getattr(randaugment, name)(rng, image)
+    return found
 
 
 def shifted(pad: int, rng: np.random.Generator, image: Array) -> Array:

@@ -17,31 +17,25 @@ from keras import ops
 from numpy.typing import NDArray
 
 from coppice.errors import CoppiceError, DivergedError
-from coppice.keras.augment import AUGMENTATIONS, make_augmentation, make_mix
+from coppice.keras.augment import make_augmentation, make_mix
 from coppice.keras.averaging import averaged, take_average
 from coppice.keras.callbacks import Along, Epochwise, Judge, Rates, Steps
 from coppice.keras.checkpoint import load_checkpoint, save_checkpoint
 from coppice.keras.data import Images
 from coppice.keras.evaluate import BATCH, Part, batches_of, sample
 from coppice.keras.heads import activation_of, loss_of
-from coppice.recipe import Recipe, augmentations
+from coppice.recipe import Recipe, augmentations, repeats
 from coppice.seeding import generator
 
 MOMENTUM = 0.9  # of BatchNormalization while fine-tuning: with Keras's usual 0.99 its statistics would lag behind for hundreds of steps
 Judgement = Callable[[], tuple[float, float]]  # top-1 and loss of the model as it is now
-UNSUPPORTED = {"features": 0.0, "label_smoothing": 0.0}
 _STATISTICS = 512  # images that BatchNormalization is re-estimated on for an average of the weights
 
 
 def check_recipe(recipe: Recipe) -> None:
     """CoppiceError for what only PyTorch models are trained with."""
-    for name, without in UNSUPPORTED.items():
-        if getattr(recipe, name) != without:
-            raise CoppiceError(f"--{name.replace('_', '-')} works on PyTorch models only: leave it out for a Keras model")
-    if unknown := [step for step in augmentations(recipe.augment) if step not in AUGMENTATIONS]:
-        raise CoppiceError(
-            f"--augment {unknown[0]} works on PyTorch models only: give standard, light, or some of {'+'.join(AUGMENTATIONS)}"
-        )
+    if recipe.features:
+        raise CoppiceError("--features works on PyTorch models only: leave it out for a Keras model")
     if recipe.precision == "bf16":
         raise CoppiceError("--precision bf16 works on PyTorch models only: give the Keras model a dtype policy of mixed_bfloat16")
 
@@ -56,12 +50,16 @@ class Pupil(keras.Model):  # type: ignore[misc]
         self._recipe = recipe
         self._loss = loss_of(student)
         self._ends = activation_of(student)
+        if recipe.label_smoothing and (self._ends not in ("softmax", "linear") or student.output_shape[-1] == 1):
+            raise CoppiceError("--label-smoothing is for models that end with a softmax or with logits of classes: leave it out")
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         return self.student(inputs, training=training)
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True) -> Any:
         hard = self._mixed(y_pred, y) if isinstance(y, (tuple, list)) else self._loss(y_pred, y)  # with a compiled loss's regularisation
+        if self._recipe.label_smoothing:
+            hard = (1 - self._recipe.label_smoothing) * hard + self._recipe.label_smoothing * self._to_uniform(y_pred)
         if not self.student.compiled and self.student.losses:
             hard = hard + sum(self.student.losses)
         if self.teacher is None:
@@ -76,8 +74,14 @@ class Pupil(keras.Model):  # type: ignore[misc]
         return share[0] * self._loss(y_pred, one) + (1 - share[0]) * self._loss(y_pred, other)
 
     def _softened(self, outputs: Any) -> Any:
-        logits = ops.log(ops.maximum(outputs, 1e-7)) if self._ends == "softmax" else outputs
-        return ops.log_softmax(logits / self._recipe.temperature, axis=-1)
+        return ops.log_softmax(self._logits(outputs) / self._recipe.temperature, axis=-1)
+
+    def _to_uniform(self, outputs: Any) -> Any:
+        """Cross-entropy of a target that is spread over all classes alike: what smoothed labels have in it."""
+        return -ops.mean(ops.log_softmax(self._logits(outputs), axis=-1))
+
+    def _logits(self, outputs: Any) -> Any:
+        return ops.log(ops.maximum(outputs, 1e-7)) if self._ends == "softmax" else outputs
 
 
 class Epochs(keras.utils.PyDataset):  # type: ignore[misc]
@@ -93,7 +97,8 @@ class Epochs(keras.utils.PyDataset):  # type: ignore[misc]
         return steps_per_epoch(self.images, self.recipe)
 
     def __getitem__(self, step: int) -> Any:
-        some = _order(self.seed, self.epoch, len(self.images))[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
+        order = np.repeat(_order(self.seed, self.epoch, len(self.images)), repeats(self.recipe.augment))
+        some = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
         draw = generator(self.seed, "augment", self.epoch, step)
         x, y = next(batches_of(self.images, len(some), some, None if self.augment is None else partial(self.augment, draw)))
         if self.mix is None:
@@ -139,8 +144,11 @@ def steps_per_epoch(part: Part, recipe: Recipe) -> int:
 
 
 def fitting(part: Part, recipe: Recipe) -> Recipe:
-    """The recipe with a batch no larger than the data; a user's own batches are as large as they are."""
-    return replace(recipe, batch_size=max(2, min(recipe.batch_size, len(part)))) if isinstance(part, Images) else recipe
+    """The recipe with a batch no larger than the data and the augmentation that suits its size; a user's own batches are as they are."""
+    if not isinstance(part, Images):
+        return recipe
+    steps = "+".join(augmentations(recipe.augment, len(part))) or "none"
+    return replace(recipe, batch_size=max(2, min(recipe.batch_size, len(part))), augment=steps)
 
 
 def fine_tune(
