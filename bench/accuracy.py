@@ -41,6 +41,7 @@ from coppice.config import RunConfig
 from coppice.coupling import Coupling
 from coppice.criteria import AUTO
 from coppice.criteria import CRITERIA as EVERY
+from coppice.cut_stage import cut
 from coppice.data import ImageData, load_data, sample_batches
 from coppice.evaluate import evaluate, reestimate_batchnorm, wilson_interval
 from coppice.models import load_model
@@ -49,7 +50,7 @@ from coppice.progress import Silent
 from coppice.recipe import Recipe
 from coppice.run import create_run
 from coppice.snapshot import Snapshot
-from coppice.stages import Workbench, cut, materialise, threads
+from coppice.stages import Workbench, materialise, threads
 from coppice.train import fine_tune
 
 IMAGES = 512  # for calibration

@@ -174,6 +174,19 @@ def test_loaders_that_yield_nothing_usable(model: nn.Module, loaders: tuple[Load
         coppice.prune(model, (train, [torch.zeros(1, 1, 8, 8)], test), "macs=0.5", **QUICK)
 
 
+def test_a_data_set_by_its_name(model: nn.Module) -> None:
+    named, opened = (
+        coppice.prune(model, data, "macs=0.5", criterion="l1", repair=False, recipe=Recipe(epochs=0), threads=1)
+        for data in ("digits", load_data("digits"))
+    )
+    assert same_bits(named.model.state_dict(), opened.model.state_dict())
+    assert named.metrics["pruned"] == opened.metrics["pruned"]
+    with pytest.raises(CoppiceError, match="there is no data at"):
+        coppice.prune(model, "nowhere", "macs=0.5")
+    with pytest.raises(CoppiceError, match="give the data as the name of a data set"):
+        coppice.prune(model, ([], []), "macs=0.5")  # type: ignore[arg-type]
+
+
 def test_interpolation_takes_the_same_share_each_time() -> None:
     dense = Cost(macs=1000, params=100, bytes=400)
     cuts = [interpolate({"macs": 125.0, "params": 100 / 8}, dense, k / 3) for k in (1, 2, 3)]
@@ -249,7 +262,7 @@ def test_no_more_images_than_calibration_and_none_that_judges_give_batchnorm_its
             scores: Tensor = network.eval()(torch.cat(list(batches)))
         return scores
 
-    monkeypatch.setattr("coppice.stages.reestimate_batchnorm", reestimate)
+    monkeypatch.setattr("coppice.cut_stage.reestimate_batchnorm", reestimate)
     monkeypatch.setattr("coppice.recovery.outputs", outputs)
     coppice.prune(model, digits, "macs=0.5", criterion="l1", repair=False, calibration=128, recipe=Recipe(epochs=0), threads=1)
     images = {image.numpy().tobytes() for image in seen}

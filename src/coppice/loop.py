@@ -25,6 +25,7 @@ from coppice.cost import Priced
 from coppice.coupling import couple
 from coppice.criteria import batch_of, score
 from coppice.curves import Sensitivity, sensitivity
+from coppice.cut_stage import cut
 from coppice.data import ImageData, Loaders, check_classes, load_data, sample_batches
 from coppice.deadline import SLACK, feasible_prices
 from coppice.depth_search import worthwhile
@@ -53,7 +54,6 @@ from coppice.stages import (
     TrainFunction,
     Workbench,
     as_the_first,
-    cut,
     dense_snapshot,
     example_input,
     on_the_clock,
@@ -71,7 +71,7 @@ _SLACK = 1e-9  # percentages are quotients of counts: let rounding not decide
 
 def prune(
     model: nn.Module,
-    data: Data | tuple[Iterable[Any], Iterable[Any], Iterable[Any]],
+    data: Data | tuple[Iterable[Any], Iterable[Any], Iterable[Any]] | str | Path,
     target: str | Mapping[str, str | float] | Target = Target(),
     *,
     max_drop: float | None = None,
@@ -82,7 +82,7 @@ def prune(
 ) -> Result[nn.Module]:
     """Prune a trained classifier; `model` is left as it is.
 
-    data: `load_data(...)`, or your own loaders (train, val, test), each yielding (float inputs NCHW, int64 labels).
+    data: the name of a data set, `load_data(...)`, or your own loaders (train, val, test), each yielding (float inputs NCHW, int64 labels).
     target: `"macs=0.5"`, `{"macs": 0.5, "params": "2.0M"}`; empty with `max_drop` set: the smallest model that holds it.
     max_drop: points of top-1 on validation that may be lost.
     train: your own training, called as `train(model, epochs)`, in place of the recipe.
@@ -92,7 +92,10 @@ def prune(
     """
     target = parse_target(target) if target else Target()
     config = RunConfig(target=target, max_drop=max_drop, **settings).absolute()
-    images = data if isinstance(data, ImageData | Loaders) else Loaders(*data)
+    if isinstance(data, str | Path):
+        config = replace(config, data=str(data)).absolute()
+        data = _data_of(config)
+    images = _parts(data)
     dense = copy.deepcopy(model).eval()
     if device_of(dense).type != "cpu":
         raise CoppiceError(f"the model is on {device_of(dense)}: move it to the CPU (your own training function may use any device)")
@@ -134,20 +137,30 @@ def open_inputs(config: RunConfig) -> tuple[nn.Module, ImageData]:
     """The dense model and the data of a configuration."""
     with seeded(config.seed, "model"):  # a model without weights must come out the same when the run is resumed
         model = load_model(config.model, Path(config.weights) if config.weights else None, config.num_classes or None)
-    data = load_data(
+    return model.eval(), _data_of(config)
+
+
+def _parts(data: Data | tuple[Iterable[Any], Iterable[Any], Iterable[Any]]) -> Data:
+    if isinstance(data, ImageData | Loaders):
+        return data
+    if not isinstance(data, tuple | list) or len(data) != 3:
+        raise CoppiceError(
+            "give the data as the name of a data set, load_data(...), or loaders (train, validation, test) of (inputs, labels)"
+        )
+    return Loaders(*data)
+
+
+def _data_of(config: RunConfig) -> ImageData:
+    return load_data(
         config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits
     )
-    return model.eval(), data
 
 
 def some_images(run: Path, count: int = 8) -> tuple[Tensor, str]:
     """Images for a finished run's model, and what they are: validation images of its data; noise, where that was handed over in Python."""
     config, _ = load_config(run / CONFIG)
     if config.data:
-        found = load_data(
-            config.data, preprocess=config.preprocess, val_fraction=config.val_fraction, seed=config.seed, split_names=config.splits
-        )
-        images = example_input(found, count)
+        images = example_input(_data_of(config), count)
         return (images if len(images) >= 4 else images.repeat(4, 1, 1, 1)), "images of its data"
     with seeded(0, "export"):
         return torch.randn(count, *read_json(run / METRICS)["input"][1:]), "random images"

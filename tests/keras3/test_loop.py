@@ -165,6 +165,14 @@ def test_own_batches_and_a_compiled_loss_of_one_hot_targets(trained: Any) -> Non
     assert evaluate(result.model, part(data.test)).top1 == pytest.approx(result.metrics["pruned"]["top1"])
 
 
+def test_a_data_set_by_its_name(trained: Any) -> None:
+    settings: dict[str, Any] = {"criterion": "l1", "repair": False, "recipe": Recipe(epochs=0)}
+    named, opened = (prune(trained, data, "macs=0.5", **settings) for data in ("digits", load_images("digits", Preprocess())))
+    assert all(np.array_equal(a, b) for a, b in zip(named.model.get_weights(), opened.model.get_weights(), strict=True))
+    with pytest.raises(CoppiceError, match="give the data as the name of a data set"):
+        prune(trained, ([], []), "macs=0.5")
+
+
 def test_data_that_is_no_batches(trained: Any) -> None:
     def broken() -> Iterator[Any]:
         yield np.zeros((4, 8, 8, 1), "float32")

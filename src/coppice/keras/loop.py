@@ -58,9 +58,13 @@ def prune(
 ) -> Result[Any]:
     """Prune a trained Keras classifier; `model` is left as it is. See `coppice.prune`.
 
-    data: `coppice.keras.data.load_images(...)`, or (train, validation, test), each batches of (inputs, targets): `tf.data`, a list, ...
+    data: the name of a data set, `coppice.keras.data.load_images(...)`, or (train, validation, test), each batches of (inputs, targets):
+    `tf.data`, a list, ...
     """
     config = RunConfig(target=parse_target(target) if target else Target(), max_drop=max_drop, **settings).absolute()
+    if isinstance(data, (str, Path)):
+        config = replace(config, data=str(data)).absolute()
+        data = _data_of(config)
     parts = Parts.of(data)
     with ExitStack() as stack:
         path = Path(out) if out else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coppice-")))
@@ -89,7 +93,11 @@ def resume(out: Path, *, progress: Progress) -> Result[Any]:
 def open_inputs(config: RunConfig) -> tuple[Any, Parts]:
     """The dense model and the data of a configuration."""
     model = open_model(config.model, config.weights, config.code, config.num_classes)
-    return model, Parts.of(load_images(config.data, config.preprocess, config.val_fraction, config.seed, config.splits))
+    return model, _data_of(config)
+
+
+def _data_of(config: RunConfig) -> Parts:
+    return Parts.of(load_images(config.data, config.preprocess, config.val_fraction, config.seed, config.splits))
 
 
 def check_feasible(model: Any, data: Parts, config: RunConfig) -> None:

@@ -51,7 +51,9 @@ class Parts:
         if isinstance(data, KerasData):
             return cls(data.train, data.val, data.test, data.classes, data.mirror)
         if not isinstance(data, (tuple, list)) or len(data) != 3:
-            raise CoppiceError("give the data as (train, validation, test), each of batches of (inputs, targets)")
+            raise CoppiceError(
+                "give the data as the name of a data set, or (train, validation, test), each of batches of (inputs, targets)"
+            )
         return cls(*data)
 
 
