@@ -276,13 +276,12 @@ class _Allocation:
 
 def bundles_on_grid(coupling: Coupling, round_to: int, min_width: int, offset: int = 0) -> list[Bundle]:
     """What can move, and the levels that it can move to; what the grid leaves no level is left out."""
-    found = [_bundle(coupling, together, round_to, min_width, offset) for together in coupling.bundles()]
+    bundles, by_atom = coupling.bundles(), {a.atom: a for a in coupling.prunable}
+    found = [_bundle([by_atom[a] for a in together], round_to, min_width, offset) for together in bundles]
     return [bundle for bundle in found if len(bundle.levels) > 1]
 
 
-def _bundle(coupling: Coupling, together: tuple[Axis, ...], round_to: int, min_width: int, offset: int = 0) -> Bundle:
-    by_atom = {a.atom: a for a in coupling.prunable}
-    axes = [by_atom[a] for a in together]
+def _bundle(axes: list[PrunableAxis], round_to: int, min_width: int, offset: int = 0) -> Bundle:
     whole = math.gcd(*(a.width for a in axes))
     step = 1
     for axis in axes:
@@ -300,7 +299,8 @@ def _bundle(coupling: Coupling, together: tuple[Axis, ...], round_to: int, min_w
 def smallest(coupling: Coupling, round_to: int = 8, min_width: int = 8) -> Cost:
     """The cost of the smallest plan on the grid."""
     kept: dict[int, int] = {}
-    for together in coupling.bundles():
-        bundle = _bundle(coupling, together, round_to, min_width)
+    bundles, by_atom = coupling.bundles(), {a.atom: a for a in coupling.prunable}
+    for together in bundles:
+        bundle = _bundle([by_atom[a] for a in together], round_to, min_width)
         kept.update({a.id: bundle.kept(a, 0) for a in bundle.axes})
     return coupling.cost(kept)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -141,9 +141,10 @@ class Coupling:
         """The prunable atoms, those tied together as one bundle, in proportion. A tie to a pinned atom pins the others."""
         for bundle in self._tied():
             reason = next((a.pinned for a in bundle if a.pinned), None)
-            for atom in bundle if reason else ():
-                pin(atom, str(reason))
-        self.refresh()
+            if reason and any(a.pinned is None for a in bundle):
+                for atom in bundle:
+                    pin(atom, reason)
+                self.refresh()
         return self.free_bundles()
 
     @property
@@ -242,10 +243,16 @@ def _pin_unread(coupling: Coupling) -> None:
 
 
 def _pin_lone_axes(coupling: Coupling) -> None:
-    on_weights = {a for v in coupling.graph.weights() for axis in coupling.dims[v.id] for a in atoms(axis)}
-    for axis in (a for dims in coupling.dims for d in dims for a in atoms(d)):
+    on_weights = set(_atoms_of(coupling.dims[v.id] for v in coupling.graph.weights()))
+    for axis in _atoms_of(coupling.dims):
         if axis not in on_weights:
             pin(axis, ALONE)
+
+
+def _atoms_of(dims_of: Iterable[Dims]) -> Iterator[Axis]:
+    """The atoms below all of these dims."""
+    for axis in {find(axis) for dims in dims_of for axis in dims}:
+        yield from atoms(axis)
 
 
 def apply_rule(op: Op, operands: list[Dims], shapes: list[tuple[int, ...]]) -> tuple[list[Dims], OpDims, list[list[Axis]]]:

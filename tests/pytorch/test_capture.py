@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,32 @@ def test_the_model_stays_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert torch.is_grad_enabled()
+
+
+class CopiesItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Tensor = self.inner(x)
+        copied = copy.deepcopy(self.inner)
+        nn.init.zeros_(copied.weight)
+        return own + copied(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_calls_of_modules_are_followed_and_leave_no_trace(values: bool, compiled: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), CopiesItself())
+    if compiled:
+        model[0].compile(backend="eager")
+    graph = coppice.capture(model, torch.randn(3, 4), values=values)
+    assert [op.module for op in graph.ops if op.rule == "mm"] == ["0", "1.inner", "1"]  # the copy is no module of the model
+    assert [call.path for call in graph.calls] == ["0", "1.inner", "1", ""]
+    assert not any("_call_impl" in vars(m) for m in model.modules())
+    assert (model[0]._compiled_call_impl is not None) == compiled
+    assert torch.count_nonzero(model[1].inner.weight)
 
 
 def test_the_batch_is_the_first_dim_of_an_image() -> None:

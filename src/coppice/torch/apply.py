@@ -180,6 +180,7 @@ def _edited_copy(
         if name not in tensors:
             raise CoppiceError(f"the plan names {name}, which this model does not have; give the model that the plan was made for")
     memo: dict[int, Any] = {}
+    indices: dict[int, Tensor | None] = {}  # by the id of the mask, as tensors share most
     for name, tensor in tensors.items():
         if id(tensor) not in memo:
             masks = changed.get(name)
@@ -189,7 +190,8 @@ def _edited_copy(
                     "give the model that the plan was made for"
                 )
             if masks is not None:
-                edited = sliced(tensor, masks)
+                indices.update({id(mask): _indices(mask) for mask in masks if id(mask) not in indices})
+                edited = _selected(tensor, [indices[id(mask)] for mask in masks])
                 same = nn.Parameter(edited, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else edited
                 memo[id(tensor)] = same
     with without_collection():
@@ -212,14 +214,27 @@ def set_size(module: nn.Module, attribute: str, value: int | list[int]) -> None:
     if isinstance(value, list):
         old = getattr(module, attribute, None)
         setattr(module, attribute, type(old)(value) if isinstance(old, (tuple, list)) else tuple(value))
+    elif type(module).__setattr__ is nn.Module.__setattr__ and attribute in module.__dict__ and not hasattr(type(module), attribute):
+        module.__dict__[attribute] = value  # what setting it comes to, after a search among parameters, buffers and modules
     else:
         setattr(module, attribute, value)
 
 
 def sliced(tensor: Tensor, masks: list[Mask]) -> Tensor:
     """A copy of ``tensor`` restricted to the indices whose mask is True, dim by dim."""
+    return _selected(tensor, list(map(_indices, masks)))
+
+
+def _indices(mask: Mask) -> Tensor | None:
+    """The indices that stay; None where all do."""
+    kept = mask.nonzero()[0]
+    return None if kept.size == mask.size else torch.from_numpy(kept)
+
+
+def _selected(tensor: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """A copy of ``tensor`` restricted to these indices, dim by dim."""
     out = tensor.detach()
-    for dim, mask in enumerate(masks):
-        if not mask.all():
-            out = out.index_select(dim, torch.from_numpy(mask.nonzero()[0]).to(out.device))
+    for dim, kept in enumerate(indices):
+        if kept is not None:
+            out = out.index_select(dim, kept.to(out.device))
     return out.clone() if out is tensor or out.data_ptr() == tensor.data_ptr() else out

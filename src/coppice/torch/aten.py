@@ -19,16 +19,16 @@ Operands = list["Ref | None"]
 Translation = tuple[str, Operands, dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes three times as long to make, and an op makes several
 class Ref:
-    """Stands for a tensor among the recorded arguments: the id of its value, and its shape."""
+    """Stands for a tensor among the recorded arguments: the id of its value, and its shape. Not to be changed."""
 
     id: int
     shape: tuple[int, ...]
     boolean: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One recorded call: ``args`` by schema name (defaults filled in), tensors as :class:`Ref`; ``outs`` are its results."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,14 +22,14 @@ from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, ModuleCall, Op, Value
 from coppice.linear import Model
 from coppice.torch import shapes
-from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, refs_in, translate
+from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, translate
 from coppice.torch.decisions import Decision, decide, decides
 from coppice.torch.shapes import ShapeTensor, without_values
 from coppice.torch.timed import Timed, timed
 from coppice.torch.trees import (
+    PLAIN,
     buffers_of,
     hears_of_its_mode,
-    leaves,
     mapped,
     mapped_only,
     modules_of,
@@ -144,7 +146,7 @@ class Origin:
         return removal_losses(model, coupling, batches, seed, orders)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Replayable:
     """One ATen call with its tensors as :class:`Ref`, for running it again on other tensors."""
 
@@ -182,6 +184,7 @@ class Recorder(TorchDispatchMode):
         self._on_op = on_op
         self._decisions = None if decisions is None else list(decisions)[::-1]
         self._double = double
+        self.read: set[int] = set()  # the values that an op has read
         self.needs_values = False  # whether the code looked at values of tensors that have none
         modules = modules_of(model)
         for kind, named in ((Kind.PARAMETER, parameters_of(modules)), (Kind.BUFFER, buffers_of(modules))):
@@ -234,13 +237,18 @@ class Recorder(TorchDispatchMode):
         known = self._seen(leaf) if isinstance(leaf, Tensor) else None
         return None if known is None else known.id
 
-    def _refs(self, leaf: Any) -> Any:
-        """``mapped(self.ref, leaf)``, which leaves what is no tensor."""
+    def _refs(self, leaf: Any, read: list[int]) -> Any:
+        """``mapped(self.ref, leaf)``, which leaves what is no tensor; the values' ids are added to ``read``."""
         if isinstance(leaf, Tensor):
-            return self.ref(leaf)
-        if isinstance(leaf, list):
-            return [self._refs(item) for item in leaf]
-        return mapped(self._refs, leaf) if isinstance(leaf, (tuple, dict)) else leaf
+            ref = self.ref(leaf)
+            read.append(ref.id)
+            return ref
+        if isinstance(leaf, (list, tuple)):
+            if PLAIN.issuperset(map(type, leaf)):
+                return leaf
+            refs = [self._refs(item, read) for item in leaf]
+            return refs if isinstance(leaf, list) else tuple(refs)
+        return mapped(lambda item: self._refs(item, read), leaf) if isinstance(leaf, dict) else leaf
 
     def _need_values(self, name: str) -> NoReturn:
         """The recording says nothing, even if the user's code catches this."""
@@ -249,17 +257,20 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if not shows(func):
+            if says_nothing(func, args):
+                return func(*args, **kwargs)
+            if is_made_of_others(func):
+                with self:
+                    return func.decompose(*args, **kwargs)
         name = func._schema.name
-        if says_nothing(name, args):
-            return func(*args, **kwargs)
-        if is_made_of_others(func):
-            with self:
-                return func.decompose(*args, **kwargs)
         if self._double:
             args, kwargs = mapped_only(torch.dtype, raised, (args, kwargs))
-        ref_args = tuple([self._refs(arg) for arg in args])
-        ref_kwargs = {key: self._refs(arg) for key, arg in kwargs.items()} if kwargs else {}
-        read = dict.fromkeys([ref.id for ref in refs_in((ref_args, ref_kwargs))])
+        ids: list[int] = []
+        ref_args = tuple([self._refs(arg, ids) for arg in args])
+        ref_kwargs = {key: self._refs(arg, ids) for key, arg in kwargs.items()} if kwargs else {}
+        read = dict.fromkeys(ids)
+        self.read.update(ids)
         from_data = not self._from_data.isdisjoint(read)
         without_values = ShapeTensor in types and self._decisions is None
         decision = None
@@ -270,14 +281,14 @@ class Recorder(TorchDispatchMode):
             result, decision = decide(func, args, kwargs, given)
         elif without_values:
             try:
-                result = func(*args, **kwargs)
+                result = ShapeTensor.__torch_dispatch__(func, types, args, kwargs)  # what PyTorch would come to, by a detour
             except Exception:
                 self._need_values(name)
         else:
             result = func(*args, **kwargs)
         if self._double and name == "aten::lift_fresh":
             result = in_double(result)
-        tensors = tensors_in(result)
+        tensors = [result] if isinstance(result, Tensor) else tensors_in(result)
         if without_values and (name in OTHER_WITHOUT_VALUES or any(type(t) is not ShapeTensor for t in tensors)):
             self._need_values(name)  # else a tensor that has values would be written to, and not hold what it should
         outs = [self._seen(tensor) or self._new(tensor, Kind.INTERMEDIATE) for tensor in tensors]
@@ -309,35 +320,71 @@ class _Known(weakref.ref[Tensor]):
     ref: Ref
 
 
-def says_nothing(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether an op of that name neither computes nor moves anything; ``as_strided_`` to the same shape only normalises strides."""
-    return name in IGNORED or name.startswith("prim::") or (name == "aten::as_strided_" and tuple(args[1]) == tuple(args[0].shape))
+def says_nothing(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an op neither computes nor moves anything; ``as_strided_`` to the same shape only normalises strides."""
+    silent = _is_silent(func)
+    return silent if silent is not None else tuple(args[1]) == tuple(args[0].shape)
+
+
+@cache
+def shows(func: Any) -> bool:
+    """Whether every call of ``func`` is written down as it is."""
+    return _is_silent(func) is False and not is_made_of_others(func)
+
+
+@cache
+def _is_silent(func: Any) -> bool | None:
+    """Whether every call of ``func`` says nothing; None where that depends on the call."""
+    name = func._schema.name
+    return None if name == "aten::as_strided_" else name in IGNORED or name.startswith("prim::")
 
 
 @contextmanager
 def tracking_modules(model: nn.Module, stack: list[str], recorder: Recorder | None = None) -> Iterator[None]:
-    """Keep the path of the module that is running on top of ``stack``; ``recorder`` is told of every call of one."""
-    paths = {id(module): path for path, module in reversed(modules_of(model))}
-    began: list[int] = []
+    """Keep the path of the module that is running on top of ``stack``; ``recorder`` is told of every call of one.
 
-    def enter(module: nn.Module, _: Any) -> None:
-        stack.append(paths.get(id(module), stack[-1]))
-        began.append(len(recorder.ops) if recorder is not None else 0)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        path, first = stack.pop(), began.pop()
-        if recorder is not None and id(module) in paths:
-            recorder.note_call(path, args, output, first)
-
-    hooks = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
+    By an attribute of each module that its call looks up, since PyTorch's hooks for all modules take longer than many a module.
+    """
+    paths = {id(module): (path, module) for path, module in reversed(modules_of(model))}
+    compiled = [(module, module._compiled_call_impl) for _, module in paths.values() if module._compiled_call_impl is not None]
+    for path, module in paths.values():
+        module.__dict__["_call_impl"] = _Tracked(module, path, stack, recorder)
+    for module, _ in compiled:  # would be called instead
+        module._compiled_call_impl = None
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for _, module in paths.values():
+            module.__dict__.pop("_call_impl", None)
+        for module, call in compiled:
+            module._compiled_call_impl = call
+
+
+class _Tracked:
+    """The call of a module whose path is kept."""
+
+    __slots__ = ("_module", "_path", "_recorder", "_stack")
+
+    def __init__(self, module: nn.Module, path: str, stack: list[str], recorder: Recorder | None) -> None:
+        self._module, self._path, self._stack, self._recorder = module, path, stack, recorder
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        module, recorder = self._module, self._recorder
+        first = len(recorder.ops) if recorder is not None else 0
+        self._stack.append(self._path)
+        output = None
+        try:
+            output = type(module)._call_impl(module, *args, **kwargs)
+            return output
+        finally:
+            self._stack.pop()
+            if recorder is not None:
+                recorder.note_call(self._path, args, output, first)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """Of a copy that the user's code makes of a module, nothing is kept."""
+        module = copy.deepcopy(self._module, memo)
+        return partial(type(module)._call_impl, module)
 
 
 def raised(dtype: torch.dtype) -> torch.dtype:
@@ -428,8 +475,7 @@ def capture(model: nn.Module, inputs: Tensor | tuple[Any, ...], values: bool = F
     batch = int(first.shape[0]) if first is not None and first.dim() > 3 else 1
     origin = Origin(model, inputs, recorder.constants, ran)
     graph = Graph(recorder.values, recorder.ops, recorder.input_ids, outputs, batch, origin, calls=recorder.calls)
-    read = {r.id for op in recorder.ops for r in leaves(Ref, (op.call.args, op.call.kwargs))}
-    if any(v.kind is Kind.PARAMETER and v.id not in read for v in graph.values):
+    if any(v.kind is Kind.PARAMETER and v.id not in recorder.read for v in graph.values):
         add_training(graph, model, inputs)
     return graph
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coppice.axes import Axis
+from coppice.axes import Axis, find
 from coppice.cost import width
 from coppice.coupling import Coupling
 from coppice.graph import Op
@@ -48,7 +48,7 @@ def told_sizes(attrs: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(told)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Planned:
     """An op of the dense recording that says something, at any widths: ``at`` is the step that it must be."""
 
@@ -71,27 +71,36 @@ class Sizes(dict[Axis, int]):
     def __init__(self, widths: Mapping[Axis, int]) -> None:
         super().__init__()
         self._widths = widths
+        self._shapes: dict[Dims, Shape] = {}
 
     def __missing__(self, axis: Axis) -> int:
         found = self[axis] = width(axis, self._widths)
         return found
 
     def shape(self, dims: Dims) -> Shape:
-        return tuple([self[a] for a in dims])
+        found = self._shapes.get(dims)
+        if found is None:
+            found = self._shapes[dims] = tuple([self[a] for a in dims])
+        return found
 
 
 def plannable(coupling: Coupling) -> list[Planned]:
     """The ops of the dense recording that say something."""
     found = []
     for k, (op, info) in enumerate(zip(coupling.graph.ops, coupling.ops, strict=True)):
-        dense = step(k, op, [coupling.graph.shape(v) for v in op.outputs])
-        if dense is not None:
+        name = base_name(op.call.func)
+        if name not in COPIES:
             letters = ["start"] * ("start" in op.attrs) + list(op.attrs.get("sizes", ()))
-            told = [info.letters.get(x, n) for x, n in zip(letters, dense.told, strict=False)]
-            results = _compared(op, op.outputs)
-            dims = tuple(coupling.dims[v] for v in results)
-            found.append(Planned(k, dense.name, op.module, dims, (*told, *dense.told[len(letters) :])))
+            dense = told_sizes(op.attrs)
+            told = [info.letters.get(x, n) for x, n in zip(letters, dense, strict=False)]
+            dims = tuple([found_dims(coupling.dims[v]) for v in _compared(op, op.outputs)])
+            found.append(Planned(k, VIEWS.get(name, name), op.module, dims, (*told, *dense[len(letters) :])))
     return found
+
+
+def found_dims(dims: Dims) -> Dims:
+    """The same axes, each as the one that stands for all that it was found to be, so that there are few to work out."""
+    return tuple(map(find, dims))
 
 
 def planned(coupling: Coupling, widths: Mapping[Axis, int]) -> list[Step]:

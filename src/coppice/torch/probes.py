@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from coppice.axes import Axis
+from coppice.axes import Axis, find
 from coppice.coupling import Coupling
 from coppice.graph import Kind
 from coppice.torch.lockstep import Sizes
@@ -35,7 +35,7 @@ def fits(coupling: Coupling, widths: Mapping[Axis, int]) -> bool:
     What the code makes of numbers alone has values in a trial, and so takes memory.
     """
     graph, sizes = coupling.graph, Sizes(widths)
-    counts = [math.prod(sizes.shape(dims)) for dims in coupling.dims]
+    counts = [math.prod([sizes[find(axis)] for axis in dims]) for dims in coupling.dims]
     from_data = {v.id for v in graph.values if v.kind in (Kind.PARAMETER, Kind.INPUT)}
     for op in graph.ops:
         if any(v in from_data for v in (*op.inputs, *op.others)):

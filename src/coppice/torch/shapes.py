@@ -7,8 +7,8 @@ Ops that no such tensor goes into run as usual: what the code works out from num
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class ShapeTensor(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         key: list[Any] = [func]
-        device, named = _write_down(args, key), _write_down(kwargs, key)
+        device, named = _write_down(args, key), _write_down(kwargs, key) if kwargs else None
         return _remembered(func, args, kwargs, tuple(key), device or named)
 
 
@@ -66,15 +66,18 @@ def _write_down(tree: Any, key: list[Any]) -> torch.device | None:
     """Add to ``key`` all that the shapes of an op's results depend on; answers the device of the first shape tensor."""
     device = None
     for leaf in tree.items() if isinstance(tree, dict) else tree:
-        if isinstance(leaf, Tensor):
+        kind = leaf.__class__
+        if kind is int or kind is str:
+            key.append(leaf)
+        elif isinstance(leaf, Tensor):
             key.append((leaf.shape, leaf.stride(), leaf.dtype))
             if device is None and isinstance(leaf, ShapeTensor):
                 device = leaf.device
         elif isinstance(leaf, (tuple, list)):
-            key.append(len(leaf))
+            key.append((tuple, len(leaf)))
             device = _write_down(leaf, key) or device
         else:
-            key.append(leaf if leaf.__class__ is str else (leaf.__class__, leaf))  # 1, 1.0 and True are equal
+            key.append((kind, leaf))  # 1, 1.0 and True are equal
     return device
 
 
@@ -150,12 +153,14 @@ def _made(known: tuple[bool, list[Any]], device: torch.device) -> Any:
 def shape_like(tensor: Tensor, shape: tuple[int, ...]) -> ShapeTensor:
     """A tensor of ``shape``, otherwise like ``tensor``."""
     made = ShapeTensor.blank(shape, _contiguous(shape), tensor.dtype, tensor.device, tensor.requires_grad)
-    made._is_param = isinstance(tensor, nn.Parameter)  # what makes a subclass's instance a parameter
+    if isinstance(tensor, nn.Parameter):
+        made._is_param = True  # what makes a subclass's instance a parameter
     return made
 
 
-def _contiguous(shape: tuple[int, ...]) -> list[int]:
-    return [math.prod(max(1, n) for n in shape[k + 1 :]) for k in range(len(shape))]
+@lru_cache(MEMO_SIZE)
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([math.prod(max(1, n) for n in shape[k + 1 :]) for k in range(len(shape))])
 
 
 def like(tensor: Tensor, new: Tensor) -> Tensor:
@@ -163,22 +168,24 @@ def like(tensor: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
-def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], values: bool) -> dict[int, Any]:
-    """A parameter or buffer of the given shape for each of the model's, by the id of that, as ``deepcopy`` wants it.
+def in_shapes(shapes: Iterable[tuple[Tensor, tuple[int, ...]]], values: bool) -> dict[int, Any]:
+    """A parameter or buffer of the given shape for each of a model's, by the id of that, as ``deepcopy`` wants it.
 
     Without ``values`` floating ones are shape tensors; whole numbers are mostly indices, at which code may look.
     """
     memo: dict[int, Any] = {}
-    for name, tensor in named_tensors(model).items():
-        if id(tensor) not in memo:
-            shape = shapes.get(name, tuple(tensor.shape))
-            if values or not tensor.is_floating_point():
-                memo[id(tensor)] = like(tensor, tensor.detach()[tuple(map(slice, shape))].clone())
-            else:
-                memo[id(tensor)] = shape_like(tensor, shape)
+    for tensor, shape in shapes:
+        if values or not tensor.is_floating_point():
+            whole = tensor.detach()
+            memo[id(tensor)] = like(tensor, (whole if whole.shape == shape else whole[tuple(map(slice, shape))]).clone())
+        else:
+            memo[id(tensor)] = shape_like(tensor, shape)
     return memo
 
 
 def without_values(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy of the model, and inputs for it, of shape tensors."""
-    return copied(model, tensors_of(model, {}, values=False)), tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), inputs)
+    own = {id(tensor): tensor for tensor in named_tensors(model).values()}
+    return copied(model, in_shapes([(t, tuple(t.shape)) for t in own.values()], values=False)), tree_map_only(
+        Tensor, lambda t: shape_like(t, tuple(t.shape)), inputs
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_AS_IS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type, type(len), type(copy.copy)}
+PLAIN = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type, type(len), type(copy.copy)}
 _OWN = nn.Module().__dict__.keys()  # PyTorch's own containers of a module, which are mostly empty, and nobody else's
 _COPIED_OTHERWISE = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
 
@@ -97,7 +97,7 @@ def leaves(kind: type | tuple[type, ...], tree: Any) -> list[Any]:
 def copied(value: Any, memo: dict[int, Any]) -> Any:
     """``copy.deepcopy(value, memo)``, fast for module trees: only what is no module, container or number goes through ``deepcopy``."""
     kind = type(value)
-    if kind in _AS_IS:
+    if kind in PLAIN:
         return value
     known = memo.get(id(value))
     if known is not None:
@@ -106,23 +106,23 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind in (dict, OrderedDict):
         memo[id(value)] = made = kind()
         for key, item in value.items():
-            made[key if type(key) in _AS_IS else copied(key, memo)] = copied(item, memo)
-    elif kind is tuple and all(type(item) in _AS_IS for item in value):
+            made[key if type(key) in PLAIN else copied(key, memo)] = copied(item, memo)
+    elif kind is tuple and PLAIN.issuperset(map(type, value)):
         made = value
-    elif kind is set and all(type(item) in _AS_IS for item in value):
+    elif kind is set and PLAIN.issuperset(map(type, value)):
         memo[id(value)] = made = set(value)
     elif kind is list:
         memo[id(value)] = made = []
-        made.extend([copied(item, memo) for item in value])
+        made.extend(value if PLAIN.issuperset(map(type, value)) else [copied(item, memo) for item in value])
     elif isinstance(value, nn.Module) and _is_copied_by_state(kind):
         memo[id(value)] = made = object.__new__(kind)
         state = value.__getstate__()
         for key, item in state.items():
-            if type(item) in _AS_IS:
-                continue
-            state[key] = type(item)() if key in _OWN and not item else copied(item, memo)
+            own = type(item)
+            if own not in PLAIN:
+                state[key] = own() if key in _OWN and not item else copied(item, memo)
         if kind.__setstate__ is nn.Module.__setstate__:
-            made.__dict__ = state
+            object.__setattr__(made, "__dict__", state)  # past the module's own, which looks for parameters
         else:
             made.__setstate__(state)
     else:

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from coppice.axes import Axis
-from coppice.cost import width
+from coppice.axes import Axis, find
 from coppice.coupling import Coupling
 from coppice.graph import Op
 from coppice.torch import shapes
 from coppice.torch.apply import set_size
 from coppice.torch.aten import Call, Ref, base_name, by_name, is_made_of_others, translate
-from coppice.torch.capture import decisions_of, quiet_eval, record, says_nothing, tracking_modules
-from coppice.torch.lockstep import COPIES, VIEWS, Planned, Sizes, inside, plannable, told_sizes
-from coppice.torch.shapes import ShapeTensor, shape_like, tensors_of
-from coppice.torch.trees import copied, mapped, modules_of, tensors_in, without_collection
+from coppice.torch.capture import decisions_of, quiet_eval, record, says_nothing, shows, tracking_modules
+from coppice.torch.lockstep import COPIES, VIEWS, Planned, Sizes, found_dims, inside, plannable, told_sizes
+from coppice.torch.shapes import ShapeTensor, in_shapes, shape_like
+from coppice.torch.trees import PLAIN, copied, modules_of, named_tensors, tensors_in, without_collection
 
 
 class _Stop(BaseException):
@@ -40,6 +39,9 @@ class Trials:
         self.model, self.inputs, self.coupling = origin.ran, origin.inputs, coupling
         self.steps = plannable(coupling)
         self.decisions = decisions_of(coupling.graph)
+        dims = {name: found_dims(coupling.dims[v.id]) for v in coupling.graph.weights() for name in v.names}
+        own = {id(tensor): (tensor, name) for name, tensor in reversed(named_tensors(self.model).items())}
+        self._weights = [(tensor, dims.get(name)) for tensor, name in own.values()]
         self._with_values: bool = origin.with_values  # else what is real may take other kernels than the recording
         self._fake = shapes.USED or not self._with_values
 
@@ -64,8 +66,7 @@ class Trials:
 
     def _watched(self, widths: Mapping[Axis, int], until: int | None = None) -> tuple[int | None, _Watch]:
         watch = _Watch(self.steps, widths, until)
-        memo, inputs = self._tensors(widths)
-        model = self._shrunk(memo, widths)
+        model, inputs = self._at(watch.sizes)
         finished = False
         with torch.random.fork_rng(devices=[]), suppress(_Stop):
             if self._fake and not self.decisions:
@@ -76,8 +77,7 @@ class Trials:
 
     def trains(self, widths: Mapping[Axis, int]) -> bool:
         """Whether the code also runs in training mode at ``widths``."""
-        memo, inputs = self._tensors(widths)
-        model = self._shrunk(memo, widths)
+        model, inputs = self._at(Sizes(widths))
         with torch.random.fork_rng(devices=[]), quiet_eval(model, training=True):
             try:
                 model(*inputs)
@@ -85,27 +85,21 @@ class Trials:
                 return False
         return True
 
-    def _tensors(self, widths: Mapping[Axis, int]) -> tuple[dict[int, Any], tuple[Any, ...]]:
-        """Parameters and buffers of the trial's shapes (by the id of the model's own, as a copy wants them), and the inputs."""
-        sizes = Sizes(widths)
-        by_name = {name: sizes.shape(self.coupling.dims[v.id]) for v in self.coupling.graph.weights() for name in v.names}
-        memo = tensors_of(self.model, by_name, values=not self._fake)
-        if self._fake:
-            return memo, tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), self.inputs)
-        return memo, tree_map_only(Tensor, torch.clone, self.inputs)
-
-    def _shrunk(self, memo: dict[int, Any], widths: Mapping[Axis, int]) -> nn.Module:
-        """A copy of the model with the tensors of ``memo``, and every bound attribute at its new size."""
-        model: nn.Module = copied(self.model, memo)
+    def _at(self, sizes: Sizes) -> tuple[nn.Module, tuple[Any, ...]]:
+        """A copy of the model with tensors of the trial's shapes and every bound attribute at its new size, and the inputs."""
+        given = [(tensor, tuple(tensor.shape) if dims is None else sizes.shape(dims)) for tensor, dims in self._weights]
+        model: nn.Module = copied(self.model, in_shapes(given, values=not self._fake))
         modules = dict(modules_of(model))
         for (path, attribute, index), axis in self.coupling.bindings.items():
-            size: int | list[int] = width(axis, widths)
+            size: int | list[int] = sizes[find(axis)]
             if index is not None:
-                sizes = list(getattr(modules[path], attribute))
-                sizes[index] = size
-                size = sizes
+                several = list(getattr(modules[path], attribute))
+                several[index] = size
+                size = several
             set_size(modules[path], attribute, size)
-        return model
+        if self._fake:
+            return model, tree_map_only(Tensor, lambda t: shape_like(t, tuple(t.shape)), self.inputs)
+        return model, tree_map_only(Tensor, torch.clone, self.inputs)
 
 
 class _Watch:
@@ -184,24 +178,29 @@ class _Following(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if says_nothing(func._schema.name, args):
-            return func(*args, **kwargs)
-        if is_made_of_others(func):
-            with self:
-                return func.decompose(*args, **kwargs)
+        if not shows(func):
+            if says_nothing(func, args):
+                return func(*args, **kwargs)
+            if is_made_of_others(func):
+                with self:
+                    return func.decompose(*args, **kwargs)
         result = ShapeTensor.__torch_dispatch__(func, types, args, kwargs) if ShapeTensor in types else func(*args, **kwargs)
         results = [result] if isinstance(result, Tensor) else tensors_in(result)
 
         def told() -> tuple[int, ...]:
-            given_args, given = mapped(_ref, args), mapped(_ref, kwargs)
-            return told_sizes(translate(func, Call(by_name(func, given_args, given), mapped(_ref, results)))[2])
+            return told_sizes(translate(func, Call(by_name(func, _refs(args), _refs(kwargs)), _refs(results)))[2])
 
         self._watch.see(base_name(func), self.stack[-1], results, told)
         return result
 
 
-def _ref(leaf: Any) -> Any:
-    return Ref(0, tuple(leaf.shape), leaf.dtype in (torch.bool, torch.uint8)) if isinstance(leaf, Tensor) else leaf
+def _refs(tree: Any) -> Any:
+    """``tree`` with a ref in the place of each tensor."""
+    if isinstance(tree, Tensor):
+        return Ref(0, tuple(tree.shape), tree.dtype in (torch.bool, torch.uint8))
+    if isinstance(tree, (list, tuple)):
+        return tree if PLAIN.issuperset(map(type, tree)) else [_refs(leaf) for leaf in tree]
+    return {key: _refs(leaf) for key, leaf in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _follow(model: nn.Module, inputs: tuple[Any, ...], watch: _Watch) -> bool:
