@@ -39,15 +39,16 @@ Choice = tuple[str, int | None, int]  # an attribute, its index where it is a se
 def bind_sizes(model: nn.Module, trials: Trials, coupling: Coupling) -> None:
     """Fill ``coupling.bindings`` and ``coupling.ties``, and pin what the code freezes."""
     search = _Search(model, trials, coupling)
+    changed = trials.at_rest is not None  # else what did not agree at once does not yet
     seed = agreed = 0
     while agreed < search.rounds() and coupling.prunable:
         at = search.trials.run(search.widths(seed))
         if at is None:
             seed, agreed = seed + 1, agreed + 1
-            if agreed == 1 and agrees_at_once(trials, coupling):
+            if agreed == 1 and changed and agrees_at_once(trials, coupling):
                 break
         else:
-            agreed = 0
+            agreed, changed = 0, True
             search.resolve(*search.earliest(at, seed))
             coupling.refresh()
     check_training(trials, coupling)

@@ -106,7 +106,10 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind in (dict, OrderedDict):
         memo[id(value)] = made = kind()
         for key, item in value.items():
-            made[key if type(key) in PLAIN else copied(key, memo)] = copied(item, memo)
+            if type(item) not in PLAIN:
+                there = memo.get(id(item))  # of most, before a call
+                item = copied(item, memo) if there is None else there
+            made[key if type(key) in PLAIN else copied(key, memo)] = item
     elif kind is tuple and PLAIN.issuperset(map(type, value)):
         made = value
     elif kind is set and PLAIN.issuperset(map(type, value)):
