@@ -484,7 +484,8 @@ def _recorded(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, Rec
     recorder, output, error = record(model, inputs)
     if error is not None:
         raise CoppiceError(
-            f"the model's forward pass fails on the example inputs ({type(error).__name__}: {error}); check their shapes"
+            f"the model's forward pass fails on the example inputs ({type(error).__name__}: {error}); "
+            "check their shapes, and that their dtype is the model's"
         ) from error
     return model, recorder, output
 
