@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from coppice.augment import augment_batch, make_augmentation, make_mix
 from coppice.data import batches, check_classes, load_data, raw_batches, sample_batches
@@ -273,6 +273,21 @@ def test_only_a_test_part(tmp_path):
 def test_an_image_that_is_no_image_is_named(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "dog" / "004.png").write_text("this is a poem")
+    assert str(tmp_path / "dog" / "004.png") in sentence(load_data, str(tmp_path))
+
+
+def test_an_image_is_named_that_another_library_needs_a_package_for(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    (tmp_path / "dog" / "004.png").write_text("this is a poem")
+    pils_own = Image.open
+
+    def replaced(content):  # as ultralytics does when it is imported
+        try:
+            return pils_own(content)
+        except UnidentifiedImageError as error:
+            raise ModuleNotFoundError("No module named 'pi_heif'") from error
+
+    monkeypatch.setattr(Image, "open", replaced)
     assert str(tmp_path / "dog" / "004.png") in sentence(load_data, str(tmp_path))
 
 

@@ -25,7 +25,8 @@ def open_image(content: bytes | np.ndarray) -> Image:
         return Image.fromarray(content)
     try:
         return Image.open(io.BytesIO(content))
-    except (SyntaxError, Image.DecompressionBombError) as error:  # what some of PIL's formats raise for a broken header; or a "bomb"
+    # What some of PIL's formats raise for a broken header; a "bomb"; ultralytics puts an `open` in PIL that asks for one more package.
+    except (SyntaxError, Image.DecompressionBombError, ImportError) as error:
         raise OSError(str(error)) from error
 
 
