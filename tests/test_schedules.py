@@ -115,6 +115,25 @@ def test_soft_pruning_lets_what_it_took_grow_back() -> None:
     assert bool(model[0].weight.detach()[gone].flatten(1).any(1).all())
 
 
+def test_what_grows_back_before_a_norm_is_no_larger_than_it_was() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 3))
+    nn.init.constant_(model[1].bias, 0.5)
+    coupling = coppice.couple(coppice.capture(model.eval(), torch.zeros(2, 1, 8, 8)))
+    reg = regulariser(model, coupling, "soft", steps=40, target={"macs": 0.6 * coupling.cost().macs}, min_width=4, round_to=4)
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.1, momentum=0.9)
+    began, largest = model[0].weight.detach().flatten(1).norm(dim=1), 0.0
+    x, labels = torch.randn(32, 1, 8, 8), torch.arange(32) % 3
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        largest = max(largest, float((model[0].weight.detach().flatten(1).norm(dim=1) / began).max()))
+        reg.step()
+        assert bool((model[0].weight.detach().flatten(1).norm(dim=1) <= began * 1.0001).all())
+    assert largest > 2  # there was something to hold down
+
+
 class InterruptError(Exception):
     pass
 

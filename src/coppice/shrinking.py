@@ -5,7 +5,7 @@ loss. `group-lasso`: over everything an index touches (filters, norms, consumers
 NIPS 2016; Fang et al., DepGraph, CVPR 2023). `slimming`: |gamma| of the BatchNorms (Liu et al., Network Slimming, ICCV 2017). `l1`, `l2`:
 every weight on an axis that can be cut. `growing`: a rising L2 on the indices that are to go, chosen at the start (Wang et al., Neural
 Pruning via Growing Regularization, ICLR 2021). `soft`: the filters of the indices that would go now are set to zero every so often and
-may grow back (He et al., Soft Filter Pruning, IJCAI 2018).
+may grow back (He et al., Soft Filter Pruning, IJCAI 2018), none larger than it was at the start.
 
 Strengths are relative: 1 shrinks an index by its axis's mean norm over the whole training, if the loss does not hold it. `auto` is twice
 what takes the last index that has to go for the target down to zero.
@@ -68,6 +68,9 @@ class Weights(Protocol):
     def scale_filters(self, factors: Array) -> None:
         """The same for what makes an index alone: so that gradients can bring it back."""
 
+    def cap_filters(self) -> None:
+        """What makes an index no larger than it was at the start."""
+
     def soften(self, limits: Array) -> None:
         """Each nearer to zero by the limit of its group, as a part of its parameter's mean size at the start."""
 
@@ -94,6 +97,8 @@ class Shrinking:
         if self.kind == "soft":
             if (done + 1) % max(1, self._steps // _SOFT_CUTS) == 0:
                 self._weights.scale_filters((self._pressure(self._norms()) < 1).astype(np.float64))
+            # A filter at zero has no variance: through a BatchNorm it would come back many times too large, in the place of trained ones.
+            self._weights.cap_filters()
             return
         share = (1 + math.cos(math.pi * min(1.0, (done + 0.5) / self._steps))) / self._steps
         norms = self._norms()

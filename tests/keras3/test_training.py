@@ -236,6 +236,26 @@ def test_what_has_to_go_is_shrunk(kind: str) -> None:
         assert f"{left:.2f} of the MACs" in reg.said()
 
 
+def test_what_soft_pruning_lets_back_is_no_larger_than_it_was() -> None:
+    """A filter at zero has no variance, so that BatchNormalization makes its first gradients some hundred times too large."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)), layers.Conv2D(16, 3, use_bias=False), layers.BatchNormalization(beta_initializer="ones"), layers.ReLU(),
+            layers.Conv2D(8, 3), layers.Flatten(), layers.Dense(3),
+        ]
+    )  # fmt: skip
+    coupling = coppice.couple(coppice.capture(model, (1, 6, 6, 1)))
+    target = {"macs": 0.5 * coupling.cost().macs}
+    reg = coppice.regulariser(model, coupling, "soft", steps=40, target=target, round_to=1, min_width=1)
+    kernel = next(name for name, value in weights_in(model).items() if value.shape == (3, 3, 1, 16))
+    began = np.square(weights_in(model)[kernel]).sum((0, 1, 2))
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = np.random.default_rng(0).normal(size=(320, 6, 6, 1)).astype("float32")
+    model.fit(x, np.arange(320) % 3, batch_size=8, verbose=0, callbacks=[reg])
+    assert (np.square(weights_in(model)[kernel]).sum((0, 1, 2)) <= began * 1.0001).all()
+
+
 def test_a_run_with_regularisation_says_so(tmp_path: Path) -> None:
     data = load_images("digits", Preprocess())
     net = small_net()

@@ -29,14 +29,30 @@ class _Site:
 
     def sums(self, elements: Any, total: Array) -> None:
         """Add up `elements`, of the weight's shape, by group."""
-        others = [d for d in range(len(elements.shape)) if d != self.dim]
-        line = ops.convert_to_numpy(ops.sum(elements, axis=others) if others else elements).astype(np.float64)
         valid = self.groups >= 0
-        np.add.at(total, self.groups[valid], line[valid])
+        np.add.at(total, self.groups[valid], self._line(elements)[valid])
+
+    def sizes(self) -> Array:
+        """The norm at each position of the dim."""
+        return np.sqrt(self._line(ops.square(_value(self.variable))))
+
+    def cap(self, sizes: Array) -> None:
+        """No position's norm above its size."""
+        now = self.sizes()
+        above = (self.groups >= 0) & (now > sizes)
+        line = np.where(above, sizes / np.where(above, now, 1.0), 1.0)
+        self.variable.assign(_value(self.variable) * self._shaped(line))
 
     def along(self, by_group: Array, otherwise: float) -> Any:
         """The numbers of the groups, laid along the weight's dim."""
         line = np.where(self.groups >= 0, by_group[np.maximum(self.groups, 0)], otherwise)
+        return self._shaped(line)
+
+    def _line(self, elements: Any) -> Array:
+        others = [d for d in range(len(elements.shape)) if d != self.dim]
+        return np.asarray(ops.convert_to_numpy(ops.sum(elements, axis=others) if others else elements).astype(np.float64))
+
+    def _shaped(self, line: Array) -> Any:
         shape = [-1 if d == self.dim else 1 for d in range(len(self.variable.shape))]
         return ops.convert_to_tensor(line.reshape(shape), dtype=self.variable.dtype)
 
@@ -52,6 +68,7 @@ class _Weights:
         if not self._sites:
             raise nothing_to_scale(kind)
         self._groups = int(starts(coupling)[-1])
+        self._began = [(site, site.sizes()) for site in self._sites if site.makes]
         self._means = [float(ops.convert_to_numpy(ops.mean(ops.abs(_value(site.variable))))) for site in self._sites]
 
     def count(self) -> Array:
@@ -68,6 +85,10 @@ class _Weights:
         for site in self._sites:
             if site.makes:
                 site.variable.assign(_value(site.variable) * site.along(factors, 1.0))
+
+    def cap_filters(self) -> None:
+        for site, sizes in self._began:
+            site.cap(sizes)
 
     def soften(self, limits: Array) -> None:
         for site, mean in zip(self._sites, self._means, strict=True):

@@ -29,9 +29,17 @@ class _Site:
 
     def sums(self, elements: Tensor, into: Tensor) -> None:
         """Add up `elements`, of the parameter's shape, by group."""
-        others = [d for d in range(elements.dim()) if d != self.dim]
-        line = elements.sum(others) if others else elements
-        into.index_add_(0, self.groups[self.valid], line[self.valid].to(into.dtype))
+        into.index_add_(0, self.groups[self.valid], self._line(elements)[self.valid].to(into.dtype))
+
+    def sizes(self) -> Tensor:
+        """The norm at each position of the dim."""
+        return self._line(self.parameter.detach().square()).sqrt()
+
+    def cap(self, sizes: Tensor) -> None:
+        """No position's norm above its size."""
+        now = self.sizes()
+        line = torch.where(self.valid & (now > sizes), sizes / now, 1.0)
+        self.parameter.mul_(self._shaped(line))
 
     def scale(self, factors: Tensor) -> None:
         self.parameter.mul_(self._along(factors, 1.0))
@@ -42,6 +50,13 @@ class _Site:
 
     def _along(self, by_group: Tensor, otherwise: float) -> Tensor:
         line = torch.where(self.valid, by_group[self.groups.clamp_min(0)], otherwise).to(self.parameter.dtype)
+        return self._shaped(line)
+
+    def _line(self, elements: Tensor) -> Tensor:
+        others = [d for d in range(elements.dim()) if d != self.dim]
+        return elements.sum(others) if others else elements
+
+    def _shaped(self, line: Tensor) -> Tensor:
         return line.view([-1 if d == self.dim else 1 for d in range(self.parameter.dim())])
 
 
@@ -59,6 +74,7 @@ class _Weights:
         if not self._sites:
             raise nothing_to_scale(kind)
         self._groups = int(starts(coupling)[-1])
+        self._began = [(site, site.sizes()) for site in self._sites if site.makes]
         self._means = {id(s.parameter): float(s.parameter.detach().abs().mean()) for s in self._sites}
 
     def count(self) -> Array:
@@ -77,6 +93,11 @@ class _Weights:
         for site in self._sites:
             if site.makes:
                 site.scale(self._of(factors))
+
+    @torch.no_grad()
+    def cap_filters(self) -> None:
+        for site, sizes in self._began:
+            site.cap(sizes)
 
     @torch.no_grad()
     def soften(self, limits: Array) -> None:
