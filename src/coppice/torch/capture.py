@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,10 +20,11 @@ from coppice.errors import CoppiceError
 from coppice.graph import Graph, Kind, ModuleCall, Op, Value
 from coppice.linear import Model
 from coppice.torch import shapes
-from coppice.torch.aten import Call, Ref, by_name, is_made_of_others, translate
+from coppice.torch.aten import Call, Ref, by_name, translate
 from coppice.torch.decisions import Decision, decide, decides
 from coppice.torch.shapes import ShapeTensor, without_values
 from coppice.torch.timed import Timed, timed
+from coppice.torch.tracking import run_aside, shows, tracking_modules
 from coppice.torch.trees import (
     PLAIN,
     buffers_of,
@@ -37,16 +36,6 @@ from coppice.torch.trees import (
     tensors_in,
     without_collection,
 )
-
-# Ops that neither compute nor move anything worth a line in the graph.
-IGNORED = {
-    "aten::_assert_async",
-    "aten::record_stream",
-    "aten::is_pinned",
-    "profiler::_record_function_enter_new",
-    "profiler::_record_function_exit",
-}
-
 
 OTHER_WITHOUT_VALUES = {"aten::mkldnn_rnn_layer"}  # PyTorch answers more results on tensors without values
 
@@ -257,12 +246,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if not shows(func):
-            if says_nothing(func, args):
-                return func(*args, **kwargs)
-            if is_made_of_others(func):
-                with self:
-                    return func.decompose(*args, **kwargs)
+        if not shows(func) and (result := run_aside(self, func, args, kwargs)) is not NotImplemented:
+            return result
         name = func._schema.name
         if self._double:
             args, kwargs = mapped_only(torch.dtype, raised, (args, kwargs))
@@ -318,73 +303,6 @@ class _Known(weakref.ref[Tensor]):
     __slots__ = ("key", "ref")
     key: int
     ref: Ref
-
-
-def says_nothing(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an op neither computes nor moves anything; ``as_strided_`` to the same shape only normalises strides."""
-    silent = _is_silent(func)
-    return silent if silent is not None else tuple(args[1]) == tuple(args[0].shape)
-
-
-@cache
-def shows(func: Any) -> bool:
-    """Whether every call of ``func`` is written down as it is."""
-    return _is_silent(func) is False and not is_made_of_others(func)
-
-
-@cache
-def _is_silent(func: Any) -> bool | None:
-    """Whether every call of ``func`` says nothing; None where that depends on the call."""
-    name = func._schema.name
-    return None if name == "aten::as_strided_" else name in IGNORED or name.startswith("prim::")
-
-
-@contextmanager
-def tracking_modules(model: nn.Module, stack: list[str], recorder: Recorder | None = None) -> Iterator[None]:
-    """Keep the path of the module that is running on top of ``stack``; ``recorder`` is told of every call of one.
-
-    By an attribute of each module that its call looks up, since PyTorch's hooks for all modules take longer than many a module.
-    """
-    paths = {id(module): (path, module) for path, module in reversed(modules_of(model))}
-    compiled = [(module, module._compiled_call_impl) for _, module in paths.values() if module._compiled_call_impl is not None]
-    for path, module in paths.values():
-        module.__dict__["_call_impl"] = _Tracked(module, path, stack, recorder)
-    for module, _ in compiled:  # would be called instead
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for _, module in paths.values():
-            module.__dict__.pop("_call_impl", None)
-        for module, call in compiled:
-            module._compiled_call_impl = call
-
-
-class _Tracked:
-    """The call of a module whose path is kept."""
-
-    __slots__ = ("_module", "_path", "_recorder", "_stack")
-
-    def __init__(self, module: nn.Module, path: str, stack: list[str], recorder: Recorder | None) -> None:
-        self._module, self._path, self._stack, self._recorder = module, path, stack, recorder
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        module, recorder = self._module, self._recorder
-        first = len(recorder.ops) if recorder is not None else 0
-        self._stack.append(self._path)
-        output = None
-        try:
-            output = type(module)._call_impl(module, *args, **kwargs)
-            return output
-        finally:
-            self._stack.pop()
-            if recorder is not None:
-                recorder.note_call(self._path, args, output, first)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """Of a copy that the user's code makes of a module, nothing is kept."""
-        module = copy.deepcopy(self._module, memo)
-        return partial(type(module)._call_impl, module)
 
 
 def raised(dtype: torch.dtype) -> torch.dtype:

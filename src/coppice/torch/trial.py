@@ -20,10 +20,11 @@ from coppice.coupling import Coupling
 from coppice.graph import Op
 from coppice.torch import shapes
 from coppice.torch.apply import set_size
-from coppice.torch.aten import Call, Ref, base_name, by_name, is_made_of_others, translate
-from coppice.torch.capture import decisions_of, quiet_eval, record, says_nothing, shows, tracking_modules
+from coppice.torch.aten import Call, Ref, base_name, by_name, translate
+from coppice.torch.capture import decisions_of, quiet_eval, record
 from coppice.torch.lockstep import COPIES, VIEWS, Planned, Sizes, found_dims, inside, plannable, told_sizes
 from coppice.torch.shapes import ShapeTensor, in_shapes, shape_like
+from coppice.torch.tracking import run_aside, shows, tracking_modules
 from coppice.torch.trees import PLAIN, copied, modules_of, named_tensors, tensors_in, without_collection
 
 
@@ -178,12 +179,8 @@ class _Following(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if not shows(func):
-            if says_nothing(func, args):
-                return func(*args, **kwargs)
-            if is_made_of_others(func):
-                with self:
-                    return func.decompose(*args, **kwargs)
+        if not shows(func) and (result := run_aside(self, func, args, kwargs)) is not NotImplemented:
+            return result
         result = ShapeTensor.__torch_dispatch__(func, types, args, kwargs) if ShapeTensor in types else func(*args, **kwargs)
         results = [result] if isinstance(result, Tensor) else tensors_in(result)
 
