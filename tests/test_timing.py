@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -87,6 +88,13 @@ def test_int8_is_a_row_of_its_own(tmp_path: Path) -> None:
     assert 0 < np.abs(whole - small).mean() < 0.1 * np.abs(whole).mean()
     found = coppice.measure({"net": ready()}, SHAPE, ("onnxruntime", "onnxruntime-int8"), rounds=5)
     assert [t.setting.runtime for t in found.timings] == ["onnxruntime", "onnxruntime-int8"]
+
+
+def test_no_two_int8_products_overflow_16_bits(tmp_path: Path) -> None:
+    graph = onnx.load(runtimes.Subject("net", SHAPE, tmp_path, module=ready()).int8).graph
+    weights = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
+    assert len(weights) == 3
+    assert all(2 * 255 * np.abs(weight.astype(int)).max() < 2**15 for weight in weights)
 
 
 @pytest.mark.usefixtures("busy_machine")

@@ -18,15 +18,12 @@ from coppice.errors import CoppiceError
 
 def quantise(onnx: Path, out: Path, batches: Iterable[Tensor]) -> None:
     """Write `onnx` to `out` in INT8, with activations' ranges from `batches` of model inputs. CoppiceError where the quantiser can't."""
-    from onnxruntime.quantization import QuantType, quantize_static
-
     from coppice.run import replacing
-    from coppice.runtimes import quiet
+    from coppice.runtimes import to_int8
 
     try:
-        with replacing(out) as temporary, quiet():
-            kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-            quantize_static(onnx, temporary, _Images(onnx, batches), per_channel=True, **kinds)
+        with replacing(out) as temporary:
+            to_int8(onnx, temporary, _Images(onnx, batches))
     except Exception as error:  # the quantiser's own have no common base
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CoppiceError(f"ONNX Runtime can't quantise {onnx.name}: {lines[0]}") from error
