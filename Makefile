@@ -6,7 +6,7 @@ RUNTIME := .venv/.runtime
 DEVELOP := .venv/.develop
 KERAS := .venv-keras/.develop
 
-.PHONY: demo docs-examples test lint format types clean
+.PHONY: demo docs-examples test test-torch test-keras test-keras-torch lint format types clean
 
 demo: $(RUNTIME)
 	$(BIN)/coppice demo --out runs/demo --fresh
@@ -14,11 +14,17 @@ demo: $(RUNTIME)
 docs-examples: $(KERAS) # the worked example of docs/keras.md
 	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 .venv-keras/bin/python bench/keras_starter.py
 
-test: $(DEVELOP) $(KERAS)
+test: test-torch test-keras test-keras-torch # side by side with make -j2
+
+test-torch: $(DEVELOP)
 	$(BIN)/python -m pytest
+
+test-keras: $(KERAS)
 	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 .venv-keras/bin/python -m pytest tests/keras3
 	KERAS_BACKEND=jax .venv-keras/bin/python -m pytest tests/keras3/test_networks.py -k "cut_at_random or subclassed or pytorch"
 	KERAS_BACKEND=jax .venv-keras/bin/python -m pytest tests/keras3/test_training.py tests/keras3/test_repair.py tests/keras3/test_masks.py tests/keras3/test_schedules.py -k "goes_on or shrunk or nearer or stay_zero or growing or average or momentum"
+
+test-keras-torch: $(DEVELOP)
 	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras3
 
 lint: $(DEVELOP)
