@@ -6,7 +6,8 @@ lasso over its last two thirds. In the first three every
 strategy has `--epochs` in all (`combined`: after the cut and after the masks), the dense model as the teacher, and no round more; random
 choices are the control. Seconds are the process's on one thread, whoever shares its core, of the whole row (scoring, cutting, repairing,
 training, validating and the test), bytes those of the file (the sparse one, where weights are masked), milliseconds those of
-ONNX Runtime on one thread, the dense model's in turns with them (`--no-ms` leaves that out: it wants a core for itself).
+ONNX Runtime on one thread, the dense model's in turns with them (`--no-ms` leaves that out: it wants a core for itself; `--no-seconds`
+leaves out the seconds, of rows that another machine adds).
 
 Intervals are of 95 %: Wilson's for one seed, for several with the variance between them. Rows that are in `--out` are not done again,
 `--minutes` begins no row after that long, `--only` and `--part` choose rows; the table is written beside the JSON.
@@ -218,7 +219,8 @@ def table(rows: list[Row]) -> str:
     key = lambda item: (order[item[0][0]], item[0][1] == RANDOM, -mean(row["top1"] for row in item[1]))  # noqa: E731
     for (part, name), group in sorted(groups.items(), key=key):
         centre, low, high = interval(group)
-        cells = [f"{centre:.2f} ({low:.2f}–{high:.2f})", str(len(group)), f"{mean(r['seconds'] for r in group):.0f}"]
+        clocked = [r["seconds"] for r in group if "seconds" in r]
+        cells = [f"{centre:.2f} ({low:.2f}–{high:.2f})", str(len(group)), f"{mean(clocked):.0f}" if clocked else ""]
         cells += [f"{mean(r['bytes'] for r in group):,.0f}", f"{mean(r['macs_ratio'] for r in group):.3f}"]
         timed = [r for r in group if "ms" in r]
         cells += (
@@ -243,6 +245,7 @@ def main() -> None:
     parser.add_argument("--seed", action="append", type=int, default=[], help="without it 0, 1 and 2")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after this long")
     parser.add_argument("--no-ms", action="store_true", help="time nothing")
+    parser.add_argument("--no-seconds", action="store_true", help="note no seconds: those of other rows are another machine's")
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
     parser.add_argument("--out", type=Path, required=True, help="the .json; the .md goes beside it")
     for name, value in asdict(Settings()).items():
@@ -264,7 +267,8 @@ def main() -> None:
                     print("time is up; the same command goes on")
                     return
                 bench = bench or open_bench(args.shared.resolve(), settings, not args.no_ms)
-                rows.append(row | strategy(bench, seed))
+                found = strategy(bench, seed)
+                rows.append(row | {name: value for name, value in found.items() if not (args.no_seconds and name == "seconds")})
                 print(json.dumps(rows[-1]), flush=True)
                 write(args.out, rows, settings)
     print(table(rows))

@@ -26,6 +26,13 @@ def test_the_best_comes_first_and_the_control_last() -> None:
     assert lines[1].endswith("|  |  |")
 
 
+def test_a_row_of_another_machine_has_no_seconds() -> None:
+    one = row("masks", "a", 50.0)
+    del one["seconds"]
+    cells = strategies.table([one]).splitlines()[2].split(" | ")
+    assert [cell.strip() for cell in cells[3:6]] == ["1", "", "1,000"]
+
+
 def test_every_strategy_is_there_and_can_be_asked_for() -> None:
     found = list(strategies.strategies())
     assert len({(part, name) for part, name, _ in found}) == len(found)
