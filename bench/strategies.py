@@ -179,7 +179,7 @@ def strategies() -> Iterator[tuple[str, str, Strategy]]:
         yield "masks", f"one-shot, magnitude, {scope}", partial(masked, sparsity=0.9, scope=scope)
     for criterion in ("magnitude", RANDOM, "sparsegpt", "wanda"):
         yield "2:4", criterion, partial(masked, nm="2:4", criterion=criterion)
-    yield "combined", "half the MACs, then 80 % zeros", partial(cut, masks=MaskRecipe(0.8))
+    yield "combined", "half the MACs, then 80 % zeros, all epochs after each", partial(cut, masks=MaskRecipe(0.8))
     yield "scratch", "cut after a third of the epochs", cut_early
     yield "scratch", "cut after the training, default", cut_late
     yield "scratch", "cut after the training, magnitude", partial(cut_late, **magnitude)
